@@ -1,0 +1,19 @@
+"""The one kind of error that a user is meant to read.
+
+Everything a user can cause (a corrupt shard, a misspelt target, a mesh that does not fit) raises
+`InputError`; programs print its single line and exit 1. Any other exception is a bug of ours and
+keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: the message says what was got, what was expected and what to do, in one line."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns `; did you mean 'x'?` for the known name nearest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,93 @@
+"""Causal multi-head attention, for training, prefill and decode.
+
+One rule covers all three: query t of row b sees key s if s <= q_index[b, t] (key slots are
+positions) and, where sequences are packed, if both belong to the same segment.
+"""
+
+import functools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+
+# Queries handled at once by the reference: bounds the [T, S] scores at 128 * S a head.
+QUERY_CHUNK = 128
+
+_log = logging.getLogger(__name__)
+
+
+def attention(
+    q: jax.Array,  # [B, T, N, H]
+    k: jax.Array,  # [B, S, N, H]
+    v: jax.Array,  # [B, S, N, H]
+    *,
+    q_index: jax.Array,  # int32 [B, T]: the last key slot that each query sees
+    segments: jax.Array | None = None,  # int32 [B, T], with S = T: packed sequences
+    causal_square: bool = False,  # promises S = T and q_index = arange(T): a flash kernel may serve
+    implementation: str | None = None,  # "xla" or "cudnn"; None chooses
+) -> jax.Array:  # [B, T, N, H]
+    """Softmax(q k^T / sqrt(H)) v under the causal rule; softmax in float32."""
+    chosen = implementation or _choose(q, causal_square and segments is None)
+    if chosen == "cudnn":
+        if not causal_square or segments is not None:
+            raise NotImplementedError("cudnn attention here serves plain causal squares only")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    if chosen != "xla":
+        raise ValueError(f"attention implementation {chosen!r}: expected 'xla' or 'cudnn'")
+    return attention_xla(q, k, v, q_index, segments)
+
+
+def _choose(q: jax.Array, flash_possible: bool) -> str:
+    on_gpu = jax.default_backend() == "gpu"
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    # cuDNN's flash kernel takes 16-bit inputs and head sizes up to 128 in steps of 8.
+    chosen = "xla"
+    if on_gpu and flash_possible and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        chosen = "cudnn"
+    _say_once(chosen, "decode" if q.shape[1] == 1 else "prefill or training")
+    return chosen
+
+
+@functools.cache
+def _say_once(chosen: str, use: str) -> None:
+    _log.info("attention for %s runs on %s", use, chosen)
+
+
+def attention_xla(
+    q: jax.Array,  # [B, T, N, H]
+    k: jax.Array,  # [B, S, N, H]
+    v: jax.Array,  # [B, S, N, H]
+    q_index: jax.Array,  # [B, T]
+    segments: jax.Array | None,
+) -> jax.Array:
+    """The reference: chunked over queries, each chunk recomputed in the backward pass."""
+    T = q.shape[1]
+    if T <= QUERY_CHUNK:
+        return _attend(q, k, v, q_index, segments, segments)
+    rest = -T % QUERY_CHUNK
+
+    def chunks(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [T/chunk, B, chunk, ...]
+        x = jnp.pad(x, [(0, 0), (0, rest)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, QUERY_CHUNK, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    @jax.checkpoint
+    def one(part):
+        q_part, index, seg = part
+        return _attend(q_part, k, v, index, seg, segments)
+
+    parts = (chunks(q), chunks(q_index), None if segments is None else chunks(segments))
+    out = jnp.moveaxis(jax.lax.map(one, parts), 0, 1)  # [B, T/chunk, chunk, N, H]
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :T]
+
+
+def _attend(q, k, v, q_index, q_segments, k_segments) -> jax.Array:
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(q.shape[-1])
+    visible = jnp.arange(k.shape[1]) <= q_index[:, :, None]  # [B, T, S]
+    if q_segments is not None:
+        visible &= q_segments[:, :, None] == k_segments[:, None, :]
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)

@@ -1,0 +1,301 @@
+"""The Qwen v1 decoder as pure functions over the trees of params.py and adapters.py.
+
+    tokens [B, T] -> embed -> L x (x + attention_block(rms_norm x); x + mlp_block(rms_norm x))
+                  -> rms_norm -> hidden [B, T, D] -> unembed -> logits float32 [B, T, V]
+
+Layers are stacked and run by one lax.scan, so that 80 layers compile like one. The compute dtype
+is that of the embedding; norms, rope angles and softmax run in float32. It knows nothing of
+tokenizers, files or optimizers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, PartitionSpec
+
+from qwen_jax.adapters import Lora
+from qwen_jax.cache import KVCache, append
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.qmatmul import Weight, qmatmul
+from qwen_jax.params import gathered_layer_specs
+from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.sharding import batch_spec, constrain
+
+Params = dict[str, Any]
+
+# Dynamic NTK has one frequency row for each doubling of the context; 16 doublings are plenty.
+_NTK_ROWS = 16
+
+# What a layer can keep for its backward pass, by name (see `remat_policy`).
+SAVED_NAMES = ("qkv", "attention", "up", "gate", "residual")
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [..., D] -> [..., D]: float32 inside, cast back, then the weight, as the original does."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight
+
+
+def rope_table(cfg: ModelConfig) -> np.ndarray:
+    """Inverse frequencies float32 [rows, H/2]: row 0 plain, row j for NTK alpha 2^(j+1) - 1.
+
+    The base is scaled by alpha^(H / (H - 2)). numpy on the host gives torch's float32 rounding;
+    the frequencies are multiplied by positions up to 32,768, so an ulp here matters there.
+    """
+    rows = []
+    for j in range(_NTK_ROWS if cfg.use_dynamic_ntk else 1):
+        alpha = 2 ** (j + 1) - 1
+        base = cfg.rope_base * alpha ** (cfg.head_dim / (cfg.head_dim - 2)) if j else cfg.rope_base
+        exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+        rows.append(np.float32(1.0) / np.power(np.float32(base), exponents, dtype=np.float32))
+    return np.stack(rows)
+
+
+def ntk_row(cfg: ModelConfig, prompt_lengths: jax.Array) -> jax.Array:
+    """int32 [B] -> row of `rope_table` for each prompt; 0 up to seq_length or without dynamic NTK.
+
+    The original's 2^ceil(log2(n / seq_length) + 1) - 1, in whole numbers: row j holds for
+    seq_length 2^(j-1) < n <= seq_length 2^j.
+    """
+    if not cfg.use_dynamic_ntk:
+        return jnp.zeros_like(prompt_lengths)
+    limits = [min(cfg.seq_length << j, 2**31 - 1) for j in range(_NTK_ROWS - 1)]
+    return jnp.sum(prompt_lengths[:, None] > jnp.array(limits, jnp.int32), axis=1, dtype=jnp.int32)
+
+
+def rope_angles(
+    cfg: ModelConfig,
+    positions: jax.Array,  # int32 [B, T]
+    ntk: jax.Array,  # int32 [B]
+) -> tuple[jax.Array, jax.Array]:  # cos, sin float32 [B, T, 1, H/2]
+    """Rotation angles, the same for all layers: computed once a step."""
+    frequencies = jnp.asarray(rope_table(cfg))[ntk]  # [B, H/2]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies[:, None, :]
+    return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [B, T, N, H]: the first half of each head against the second, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
+    """Query factor float32 [B, T, 1, 1]: log(p + 1) / log(seq_length) past seq_length, else 1."""
+    factor = jnp.log(positions.astype(jnp.float32) + 1) / np.log(cfg.seq_length)
+    return jnp.where(positions >= cfg.seq_length, factor, 1.0)[:, :, None, None]
+
+
+def linear(x: jax.Array, w: Weight, lora: dict[str, jax.Array] | None, scale: float) -> jax.Array:
+    """x [..., I] -> [..., *O]: the frozen weight, plus the low-rank correction if there is one."""
+    y = qmatmul(x, w)
+    if lora is None:
+        return y
+    # a [R, I], b [*O, R]; two small GEMMs in the compute dtype.
+    low = jnp.einsum("...i,ri->...r", x, lora["a"].astype(x.dtype))
+    b = lora["b"].astype(x.dtype)
+    up = jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
+    return y + up * scale
+
+
+def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
+    """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
+    with jax.named_scope("mlp"):
+        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale), "up")
+        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale), "gate")
+        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale)
+
+
+def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
+    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale) + w["bqkv"]  # [B, T, 3, N, H]
+    qkv = checkpoint_name(qkv, "qkv")
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    q, k = rope(q, *angles), rope(k, *angles)
+    if logn is not None:
+        q = q * logn.astype(q.dtype)
+    return q, k, v
+
+
+def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
+    """x [B, T, N, H] -> [B, T, D]."""
+    x = checkpoint_name(x, "attention").reshape(*x.shape[:2], -1)
+    return linear(x, w["wo"], lora.get("wo"), scale)
+
+
+def _format_of(layers: Params) -> QuantFormat | None:
+    w = layers["attn"]["wqkv"]
+    if not isinstance(w, QTensor):
+        return None
+    groups = w.scale.shape[-1]
+    group = 0 if w.kind == "int8" and groups == 1 else w.in_size // groups
+    return QuantFormat(kind=w.kind, group=group)
+
+
+def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
+    """Returns a function that pins one layer's packed weights to their layout at use."""
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return lambda w: w
+    specs = gathered_layer_specs(cfg, _format_of(layers), mesh)
+    return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
+
+
+def _lora_layers(lora: Lora | None) -> tuple[Params, float]:
+    if lora is None:
+        return {}, 0.0
+    return lora.weights.get("layers", {}), lora.scale
+
+
+def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """tokens int32 [B, T] -> [B, T, D]."""
+    x = jnp.take(params["wte"], tokens, axis=0)
+    return constrain(x, mesh, PartitionSpec(*batch_spec(), None, None))
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> logits float32 [..., V]; padded vocabulary rows are still in it."""
+    with jax.named_scope("unembed"):
+        head = params["lm_head"]
+        dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(hidden, head, dims, preferred_element_type=jnp.float32)
+
+
+def decoder_layer(cfg, x, w, low, scale, angles, logn, attend):
+    """One layer: x [B, T, D] -> x and whatever `attend(q, k, v) -> (y, kept)` keeps.
+
+    w and low are this layer's weights and LoRA pairs; `attend` is the only thing in which a layer
+    with a cache differs from one without.
+    """
+    low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
+    y = rms_norm(x, w["ln_1"], cfg.norm_eps)
+    q, k, v = project_qkv(cfg, y, w["attn"], low_attn, scale, angles, logn)
+    with jax.named_scope("attention"):
+        y, kept = attend(q, k, v)
+    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), "residual")
+    y = rms_norm(x, w["ln_2"], cfg.norm_eps)
+    return x + mlp_block(y, w["mlp"], low_mlp, scale), kept
+
+
+def hidden_states(
+    cfg: ModelConfig,
+    params: Params,
+    lora: Lora | None,
+    tokens: jax.Array,  # int32 [B, T]
+    *,
+    positions: jax.Array | None = None,  # int32 [B, T]; default 0..T-1
+    segments: jax.Array | None = None,  # int32 [B, T]: packed sequences do not see each other
+    lengths: jax.Array | None = None,  # int32 [B]: inference with dynamic NTK and logn
+    remat: str = "none",
+    mesh: Mesh | None = None,
+) -> jax.Array:  # [B, T, D], after the final norm
+    """The decoder without a cache: training, or (given prompt `lengths`) scoring.
+
+    Training sees neither dynamic NTK nor logn, as in the original; `lengths` switches them on.
+    """
+    B, T = tokens.shape
+    plain = positions is None
+    slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    positions = slots if plain else positions
+    ntk = jnp.zeros((B,), jnp.int32) if lengths is None else ntk_row(cfg, lengths)
+    angles = rope_angles(cfg, positions, ntk)
+    logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
+    lora_layers, scale = _lora_layers(lora)
+    gather = _gather(cfg, params["layers"], mesh)
+
+    def attend(q, k, v):
+        return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None
+
+    def layer(x, weights):
+        w, low = weights
+        return decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
+
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
+    x = embed(params, tokens, mesh)
+    x, _ = jax.lax.scan(layer, x, (params["layers"], lora_layers))
+    return rms_norm(x, params["ln_f"], cfg.norm_eps)
+
+
+def remat_policy(remat: str):
+    """What a rematerialized layer keeps: `full` nothing, `selective` every GEMM's output."""
+    if remat == "full":
+        return jax.checkpoint_policies.nothing_saveable
+    if remat == "selective":
+        return jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+    raise ValueError(f"remat {remat!r}: expected full, selective or none")
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    lora: Lora | None,
+    tokens: jax.Array,  # int32 [B, T], right-padded
+    cache: KVCache,
+    *,
+    counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
+    prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts; see below
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D] after the final norm, cache with the T tokens
+    """Runs T new tokens of each row after what its cache holds: prefill (T long) or decode (T = 1).
+
+    The NTK row of a sequence is fixed when its first tokens go in, from the length of its whole
+    prompt (by default `counts`), and kept.
+    """
+    B, T = tokens.shape
+    counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
+    prompt_lengths = counts if prompt_lengths is None else prompt_lengths
+    ntk = jnp.where(cache.lengths == 0, ntk_row(cfg, prompt_lengths), cache.ntk)
+    positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
+    angles = rope_angles(cfg, positions, ntk)
+    logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
+    lora_layers, scale = _lora_layers(lora)
+    gather = _gather(cfg, params["layers"], mesh)
+
+    def layer(carry, weights):
+        x, k_stack, v_stack = carry
+        index, w, low = weights
+
+        def attend(q, k, v):
+            # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
+            keys = append(k_stack, k, index, cache.lengths)
+            values = append(v_stack, v, index, cache.lengths)
+            k_all, v_all = (
+                jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False).astype(q.dtype)
+                for stack in (keys, values)
+            )
+            return attention(q, k_all, v_all, q_index=positions), (keys, values)
+
+        x, stacks = decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
+        return (x, *stacks), None
+
+    x = embed(params, tokens, mesh)
+    indices = jnp.arange(cfg.num_layers)
+    (x, k, v), _ = jax.lax.scan(
+        layer, (x, cache.k, cache.v), (indices, params["layers"], lora_layers)
+    )
+    cache = KVCache(k=k, v=v, lengths=cache.lengths + counts, ntk=ntk)
+    return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "mesh"))
+def logits(
+    cfg: ModelConfig,
+    params: Params,
+    lora: Lora | None,
+    tokens: jax.Array,  # int32 [B, T]
+    lengths: jax.Array | None = None,  # int32 [B]; default T
+    *,
+    mesh: Mesh | None = None,
+) -> jax.Array:  # float32 [B, T, V]
+    """All logits of whole sequences at inference (dynamic NTK and logn on)."""
+    B, T = tokens.shape
+    lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
+    hidden = hidden_states(cfg, params, lora, tokens, lengths=lengths, mesh=mesh)
+    return unembed(params, hidden)

@@ -1,0 +1,1 @@
+"""Fine-tuning: data, loss, one training step and the LoRA loop."""
