@@ -47,39 +47,39 @@ _REQUIRED_VALUES: dict[str, Any] = {
 }
 
 # Keys that name files, precisions or switches of the PyTorch code and change no number of ours.
+# "visual" is not among them: it marks Qwen-VL, a different model.
 _IGNORED = frozenset(
-    [
+    {
         "_name_or_path",
         "architectures",
         "auto_map",
         "bf16",
-        "fp16",
-        "fp32",
         "bias_dropout_fusion",
         "bos_token_id",
+        "dtype",
         "eos_token_id",
-        "pad_token_id",
         "ffn_hidden_size",
+        "fp16",
+        "fp32",
         "intermediate_size",
         "max_position_embeddings",
         "n_inner",
         "n_positions",
         "onnx_safe",
+        "pad_token_id",
         "params_dtype",
         "quantization_config",
         "softmax_in_fp32",
         "tokenizer_class",
         "tokenizer_type",
         "torch_dtype",
-        "dtype",
         "transformers_version",
         "use_cache",
         "use_cache_kernel",
         "use_cache_quantization",
         "use_flash_attn",
-        "visual",
-    ]
-) - {"visual"}  # Qwen-VL carries "visual": a different model, so an unknown key here.
+    }
+)
 
 _OTHER_FAMILIES = {
     "qwen2": "Qwen2/Qwen1.5/Qwen2.5",
@@ -90,6 +90,17 @@ _OTHER_FAMILIES = {
     "chatglm": "ChatGLM",
     "mistral": "Mistral",
 }
+
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "head_dim",
+    "ffn_size",
+    "seq_length",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 A reader sees the old content or the new, never half of it, also after a crash.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -31,8 +32,8 @@ def read_json_object(path: pathlib.Path) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
         raise ValueError(f"the key {twice!r} stands twice")
     return result
 

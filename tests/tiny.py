@@ -1,5 +1,6 @@
 """Tiny models for the tests: configs, and torch-named weights as our tree."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,4 @@ def to_params(cfg, weights: dict[str, np.ndarray], dtype=jnp.float32, fmt: str =
 
 
 def stack(parts):
-    import jax
-
     return jax.tree.map(lambda *x: jnp.stack(x), *parts)

@@ -1,0 +1,31 @@
+# Each target is a command that one could type; make only spares the set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[demo]'
+	touch $@
+
+# The reference is pinned for the tests only: a plain "torch" may bring gigabytes of CUDA along.
+TORCH ?= torch==2.13.0
+.venv/.ready-test: .venv/.ready
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[demo,test]'
+	touch $@
+
+demo: .venv/.ready  ## convert, train and chat in small, a few minutes on two cores
+	$(BIN)/python -m demo.run
+
+test: .venv/.ready-test  ## the fast suite
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/.ready-test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
