@@ -1,0 +1,216 @@
+"""Answers one prompt or a file of them: `python -m sample.generate --checkpoint C --prompt TEXT`.
+
+An input line is {"prompt": "..."} or {"messages": [{"role": ..., "content": ...}, ...]}, an output
+line {"prompt": ..., "response": "..."}. Settings that are not given come from the checkpoint's
+generation_config.json. Row i of a file draws with seed + i, so its text depends neither on
+--batch_size nor on the other rows.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from qwen_jax import api, chatml
+from qwen_jax.cli import parse, run
+from qwen_jax.errors import InputError
+from qwen_jax.files import replacing
+from qwen_jax.sampling import SamplingParams
+
+
+@dataclass(kw_only=True)
+class ModelFlags:
+    """What every program that runs a model asks for."""
+
+    checkpoint: str
+    """Folder that convert wrote."""
+    adapter: str | None = None
+    """Folder of a PEFT LoRA adapter."""
+    mesh: str | None = None
+    """Devices: a number, or sizes such as fsdp=2,tensor=4."""
+    dtype: str | None = None
+    """Compute dtype; default that of the checkpoint."""
+    system: str = chatml.DEFAULT_SYSTEM
+    """System message."""
+    greedy: bool = False
+    """The likeliest token every time."""
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Args(ModelFlags):
+    """Generate text for one prompt or a file of them."""
+
+    prompt: str | None = None
+    """The prompt itself."""
+    input: str | None = None
+    """JSONL file, one prompt or conversation a line."""
+    output: str | None = None
+    """JSONL file that appears whole at the end; default standard output."""
+    raw: bool = False
+    """The prompt is plain text to be continued, no chat message."""
+    batch_size: int = 8
+    """Prompts that run together."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row: what the user gave, its token ids, how to continue it."""
+
+    prompt: Any
+    ids: list[int]
+    params: SamplingParams
+
+
+def open_model(flags: ModelFlags) -> api.Model:
+    """Loads what the flags name; warnings about its settings go to standard error."""
+    model = api.load(flags.checkpoint, flags.adapter, flags.mesh, flags.dtype)
+    for warning in model.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return model
+
+
+def sampling_params(flags: ModelFlags, model: api.Model) -> SamplingParams:
+    """The model's own settings with those of the command line over them."""
+    return model.defaults.sampling_params(
+        greedy=flags.greedy or None,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        repetition_penalty=flags.repetition_penalty,
+        max_new_tokens=flags.max_new_tokens,
+        seed=flags.seed,
+    )
+
+
+def read_prompts(path: pathlib.Path) -> list[tuple[str, str | list[chatml.Turn]]]:
+    """(place, prompt or turns) of each line; InputError with file and line for a bad one."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--input {path} cannot be read: {error}") from None
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            place = f"{path}: line {number}"
+            prompts.append((place, _read_line(line, place)))
+    if not prompts:
+        raise InputError(f"--input {path} holds no prompt; expected one JSON object a line")
+    return prompts
+
+
+def _read_line(line: str, place: str) -> str | list[chatml.Turn]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not valid JSON: {error}") from None
+    if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
+        raise InputError(f'{place}: expected an object with either "prompt" or "messages"')
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str):
+            raise InputError(f"{place}: the prompt is {row['prompt']!r}; expected text")
+        return row["prompt"]
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise InputError(f'{place}: messages must be a list of {{"role": ..., "content": ...}}')
+    return [chatml.Turn(m["role"], m["content"]) for m in messages]
+
+
+def make_request(
+    model: api.Model, given: str | list[chatml.Turn], params: SamplingParams, system: str, raw: bool
+) -> Request:
+    """Encodes one prompt, plain or as a chat."""
+    tokenizer = model.tokenizer
+    if raw:
+        if not isinstance(given, str):
+            raise InputError("messages cannot be continued as plain text; leave out --raw")
+        if not given:
+            raise InputError("the prompt is empty; plain text needs something to continue")
+        return Request(given, tokenizer.encode(given), params)
+    turns = [chatml.Turn("user", given)] if isinstance(given, str) else given
+    ids = chatml.encode_prompt(tokenizer, turns, system, model.defaults.max_window_size)
+    shown = given if isinstance(given, str) else [dataclasses.asdict(turn) for turn in given]
+    return Request(shown, ids, params)
+
+
+def answers(
+    model: api.Model, requests: list[Request], batch_size: int, raw: bool
+) -> Iterator[tuple[str, int]]:
+    """Text and number of tokens of each answer, in order."""
+    tokenizer = model.tokenizer
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        generated = model.engine.generate([r.ids for r in batch], [r.params for r in batch])
+        for ids in generated:
+            text = tokenizer.decode(ids, skip_special=True)
+            yield (text if raw else chatml.decode_answer(tokenizer, ids)), len(ids)
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    with replacing(pathlib.Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+
+
+def _check(args: Args) -> None:
+    """All that can be refused before minutes of loading."""
+    if (args.prompt is None) == (args.input is None):
+        raise InputError("give either --prompt TEXT or --input FILE.jsonl")
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size is {args.batch_size}; expected at least 1")
+    if args.output is not None:
+        path = pathlib.Path(args.output)
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise InputError(f"--output {path}: expected a file in a folder that exists")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(Args, argv)
+    _check(args)
+    if args.prompt is None:
+        given = read_prompts(pathlib.Path(args.input))
+    else:
+        given = [("--prompt", args.prompt)]
+    model = open_model(args)
+    raw = args.raw or model.defaults.chat_format == "raw"
+    params = sampling_params(args, model)
+    requests = []
+    for index, (place, prompt) in enumerate(given):
+        own = dataclasses.replace(params, seed=(params.seed + index) % 2**32)
+        try:
+            requests.append(make_request(model, prompt, own, args.system, raw))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from None
+    begin, tokens = time.perf_counter(), 0
+    with _output(args.output) as file:
+        texts = answers(model, requests, args.batch_size, raw)
+        for request, (text, count) in zip(requests, texts, strict=True):
+            row = {"prompt": request.prompt, "response": text}
+            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            tokens += count
+    seconds = time.perf_counter() - begin
+    print(
+        f"{len(requests)} answers, {tokens} tokens in {seconds:.1f} s, compilation included: "
+        f"{tokens / seconds:.1f} tok/s",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
