@@ -21,7 +21,13 @@ import tqdm
 
 from convert.hf_files import StreamedTensor, write_sharded
 from qwen_jax.adapters import Lora, load_peft, merged_weight
-from qwen_jax.checkpoint import StagedFolder, StoredParams, copy_sidecars, row_slices
+from qwen_jax.checkpoint import (
+    MANIFEST_NAME,
+    StagedFolder,
+    StoredParams,
+    copy_sidecars,
+    row_slices,
+)
 from qwen_jax.cli import parse, run
 from qwen_jax.errors import InputError
 from qwen_jax.params import ParamSpec, param_table
@@ -56,8 +62,8 @@ def export(
 ) -> None:
     """Writes the folder `output`; raises InputError, and leaves nothing, if anything is off."""
     begin = time.perf_counter()
-    if output.resolve() == checkpoint.resolve():
-        raise InputError(f"--output {output} is the checkpoint itself; give another folder")
+    if (output / MANIFEST_NAME).exists():
+        raise InputError(f"--output {output} is a checkpoint, not an export; give another folder")
     stored = StoredParams(checkpoint)
     manifest = stored.manifest
     lora = None
@@ -128,11 +134,7 @@ def _blocks(
 def _layer_pair(lora: Lora, spec: ParamSpec, layer: int) -> dict[str, Any] | None:
     """The adapter's a [R, I] and b [*O, R] for one layer of a weight; None if it has none."""
     node: Any = lora.weights
-    # lora.weights follows the tree of the layers, or the whole one.
-    path = spec.path if spec.path[0] in node else spec.path[1:]
-    if not path:
-        return None
-    for name in path:
+    for name in spec.path:
         if name not in node:
             return None
         node = node[name]

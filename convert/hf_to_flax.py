@@ -123,18 +123,14 @@ def _parts(
                 tensor = weights.read(name, rows)
                 first_row = rows.start if rows else 0
                 check_finite(tensor, name, first_row)
-                if first_row == 0:
-                    _add_to_fingerprint(digest, tensor)
-                elif tensor.ndim == 1:
+                # Vectors whole, of matrices the first row: enough to tell two fine-tunes apart.
+                if tensor.ndim == 1:
                     digest.update(tensor.tobytes())
+                elif first_row == 0:
+                    digest.update(tensor[0].tobytes())
                 index = rows if rows else layer
                 yield spec, index, _stored(tensor, spec, dtype, fmt)
                 bar.update(tensor.nbytes)
-
-
-def _add_to_fingerprint(digest: Any, tensor: np.ndarray) -> None:
-    """Vectors whole, of matrices the first row: enough to tell two fine-tunes apart."""
-    digest.update((tensor if tensor.ndim == 1 else tensor[0]).tobytes())
 
 
 def _stored(

@@ -8,7 +8,8 @@
 
 The arrays are written by an Orbax TypeHandler of ours, because Orbax's own wants each leaf whole in
 memory (32 GB for one of 72B) and stores no checksums: a flipped bit would load in silence. Reading
-is stock Orbax. Where the weights come from is not known here.
+is stock Orbax. Where the weights come from is not known here. Writer and reader share one file
+because they share the layout, hence its length.
 """
 
 import asyncio
@@ -115,7 +116,9 @@ def load_params(
 
     wanted = jax.tree.map(target, _plain(abstract))
     context = ocp_v1.Context()
-    context.memory.read_concurrent_bytes = max(_READ_BYTES, *map(_shard_bytes, _leaves(wanted)))
+    # Orbax refuses to read a slice that is not below its limit.
+    largest = max(_shard_bytes(leaf) for leaf in jax.tree.leaves(wanted))
+    context.memory.read_concurrent_bytes = max(_READ_BYTES, largest + 1)
     with _damage_named(path), context:
         loaded = ocp_v1.load(path / "params", wanted)
         jax.block_until_ready(loaded)
@@ -420,11 +423,11 @@ def _damage_named(path: pathlib.Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
-            raise  # of the device, no fault of the files
         cause = error
         while cause.__cause__ is not None:  # Orbax wraps the useful text in pages of others
             cause = cause.__cause__
+        if isinstance(cause, jax.errors.JaxRuntimeError | MemoryError):
+            raise  # the device is too small: no fault of the files
         text = " ".join(str(cause).split())[:300]
         raise InputError(
             f"checkpoint {path} is damaged: {text}; convert or copy it again"
@@ -439,10 +442,6 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {name: _plain(value) for name, value in tree.items()}
     return tree
-
-
-def _leaves(tree: Any) -> list[jax.ShapeDtypeStruct]:
-    return jax.tree.leaves(tree)
 
 
 def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
