@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from qwen_jax import chatml, generation_config
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, load_peft
-from qwen_jax.checkpoint import Manifest, load_manifest, load_params
+from qwen_jax.checkpoint import DTYPES, Manifest, load_manifest, load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, check_ids, padded_rows
 from qwen_jax.errors import InputError
@@ -46,6 +46,8 @@ def load(
     """
     path = pathlib.Path(path)
     manifest = load_manifest(path)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     defaults, warnings = generation_config.load(path)
     device_mesh = None
     if mesh is not None and mesh != "":

@@ -15,6 +15,7 @@ because they share the layout, hence its length.
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import pathlib
@@ -116,10 +117,14 @@ def load_params(
 
     wanted = jax.tree.map(target, _plain(abstract))
     context = ocp_v1.Context()
-    # Orbax refuses to read a slice that is not below its limit.
-    largest = max(_shard_bytes(leaf) for leaf in jax.tree.leaves(wanted))
+    # Orbax refuses a read, rounded outwards to whole pieces, that is not below its limit.
+    stored = _stored_leaves(manifest.config, manifest.dtype, manifest.quantization)
+    largest = max(
+        stored[".".join(name)].most_read_bytes(leaf.sharding.shard_shape(leaf.shape))
+        for name, leaf in traverse_util.flatten_dict(wanted).items()
+    )
     context.memory.read_concurrent_bytes = max(_READ_BYTES, largest + 1)
-    with _damage_named(path), context:
+    with _damage_named(path), _without_false_alarm(), context:
         loaded = ocp_v1.load(path / "params", wanted)
         jax.block_until_ready(loaded)
     leaves = {}
@@ -294,6 +299,14 @@ class _StoredLeaf:
     def num_bytes(self) -> int:
         return self.size * self.dtype.itemsize
 
+    def most_read_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of all pieces that a slice of `shape`, wherever it begins, can touch."""
+        counts = [
+            min(-(-part // piece) + 1, -(-whole // piece)) * piece
+            for part, piece, whole in zip(shape, self.piece_shape, self.shape, strict=True)
+        ]
+        return math.prod(counts) * self.dtype.itemsize
+
     def spec(self, folder: pathlib.Path) -> dict[str, Any]:
         """The tensorstore spec of a new array in `folder`."""
         pieces = {
@@ -434,6 +447,24 @@ def _damage_named(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Drops a warning of Orbax that every zarr3 checkpoint is perhaps malformed.
+
+    It looks for data files by the names of OCDBT and zarr2 only, and logs to the root logger.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "TensorStore data files not found" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
 def _plain(tree: Any) -> Any:
     """The tree with each QTensor as a dict of its arrays, None left out."""
     if isinstance(tree, QTensor):
@@ -442,10 +473,6 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {name: _plain(value) for name, value in tree.items()}
     return tree
-
-
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
 
 
 def _pop(tree: dict[str, Any], path: tuple[str, ...]) -> Any:

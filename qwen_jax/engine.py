@@ -150,7 +150,9 @@ class Engine:
                 return
             # The last room need not hold a whole block: rows that reach their limit stop writing.
             if min(filled + BLOCK, longest + most) > state.cache.capacity:
-                capacity = _capacity(state.cache.capacity + _CAPACITY_STEP)
+                capacity = _capacity(
+                    min(2 * state.cache.capacity, state.cache.capacity + _CAPACITY_STEP)
+                )
                 state = state.replace(cache=_grow(self.cfg, self.mesh, state.cache, capacity))
             state, block = _decode(*fixed, state)
             filled += BLOCK
