@@ -167,7 +167,7 @@ def train_step(
         lora = optax.apply_updates(state.lora, updates)
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads))),
         "lr": schedule(state.step),
         "tokens": count,
     }
