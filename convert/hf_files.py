@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from qwen_jax.errors import InputError, did_you_mean
-from qwen_jax.files import read_json_object, sync_folder, write_json
+from qwen_jax.files import read_json_object, sync_folder, unique_keys, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -286,7 +286,7 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} has a header that is not valid JSON: {error}; {_AGAIN}") from None
     if not isinstance(header, dict) or raw[:1] != b"{":
@@ -369,13 +369,6 @@ def _quote(value: Any) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(_quote(name) for name in names[:5]) + more
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
 
 
 class StreamedTensor(NamedTuple):

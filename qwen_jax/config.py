@@ -121,16 +121,8 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "head_dim",
-            "ffn_size",
-        ]:
+        for name in _COUNTS:
             self._check_positive(name)
-        self._check_positive("seq_length")
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: rotary embedding needs an even size")
         if not (self.rope_base > 1 and self.norm_eps > 0):

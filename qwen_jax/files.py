@@ -17,7 +17,7 @@ from qwen_jax.errors import InputError
 def read_json_object(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON file that must hold an object; every fault is an InputError with its place."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
@@ -29,7 +29,8 @@ def read_json_object(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=...): a dict, or ValueError if a key stands twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         counts = collections.Counter(name for name, _ in pairs)

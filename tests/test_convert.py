@@ -194,7 +194,9 @@ def test_rotary_buffers_are_ignored(tmp_path):
     tensors["transformer.h.0.attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     save_file(tensors, source / "model.safetensors")
     hf_to_flax.convert(source, tmp_path / "ck")
-    load_params(tmp_path / "ck")
+    _, params = load_params(tmp_path / "ck")
+    wte = tensors["transformer.wte.weight"]
+    np.testing.assert_array_equal(np.asarray(params["wte"], np.float32), wte.astype(np.float32))
 
 
 def test_indivisible_group_and_wrong_family(tmp_path):
