@@ -24,15 +24,13 @@ from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
 
 # Dynamic NTK has one frequency row for each doubling of the context; 16 doublings are plenty.
 _NTK_ROWS = 16
-
-# What a layer can keep for its backward pass, by name (see `remat_policy`).
-SAVED_NAMES = ("qkv", "attention", "up", "gate", "residual")
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -98,25 +96,25 @@ def linear(x: jax.Array, w: Weight, lora: dict[str, jax.Array] | None, scale: fl
     y = qmatmul(x, w)
     if lora is None:
         return y
-    # a [R, I], b [*O, R]; two small GEMMs in the compute dtype.
-    low = jnp.einsum("...i,ri->...r", x, lora["a"].astype(x.dtype))
+    # a [R, I], b [*O, R]. Scaling the R-wide product, and not the O-wide one, leaves a bare sum of
+    # two products, which XLA can accumulate in the second one's GEMM.
+    low = jnp.einsum("...i,ri->...r", x, lora["a"].astype(x.dtype)) * scale
     b = lora["b"].astype(x.dtype)
-    up = jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
-    return y + up * scale
+    return y + jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
 
 
 def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale), "up")
-        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale), "gate")
+        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale), UP)
+        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale), GATE)
         return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale)
 
 
 def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale) + w["bqkv"]  # [B, T, 3, N, H]
-    qkv = checkpoint_name(qkv, "qkv")
+    qkv = checkpoint_name(linear(x, w["wqkv"], lora.get("wqkv"), scale), QKV)  # [B, T, 3, N, H]
+    qkv = qkv + w["bqkv"]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -126,8 +124,7 @@ def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Ar
 
 def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    x = checkpoint_name(x, "attention").reshape(*x.shape[:2], -1)
-    return linear(x, w["wo"], lora.get("wo"), scale)
+    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale)
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -145,6 +142,17 @@ def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
         return lambda w: w
     specs = gathered_layer_specs(cfg, _format_of(layers), mesh)
     return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
+
+
+def _layer_weights(layers: Params, index: jax.Array) -> Params:
+    """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
+    layers would first be copied out of the stacks, gigabytes of it."""
+
+    def one(stack: jax.Array) -> jax.Array:
+        w = jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+        return checkpoint_name(w, WEIGHT)
+
+    return jax.tree.map(one, layers)
 
 
 def _lora_layers(lora: Lora | None) -> tuple[Params, float]:
@@ -178,7 +186,7 @@ def decoder_layer(cfg, x, w, low, scale, angles, logn, attend):
     q, k, v = project_qkv(cfg, y, w["attn"], low_attn, scale, angles, logn)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)
-    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), "residual")
+    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), RESIDUAL)
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
     return x + mlp_block(y, w["mlp"], low_mlp, scale), kept
 
@@ -192,7 +200,7 @@ def hidden_states(
     positions: jax.Array | None = None,  # int32 [B, T]; default 0..T-1
     segments: jax.Array | None = None,  # int32 [B, T]: packed sequences do not see each other
     lengths: jax.Array | None = None,  # int32 [B]: inference with dynamic NTK and logn
-    remat: str = "none",
+    remat: Remat | None = None,  # what the backward pass keeps; None: no gradient is wanted
     mesh: Mesh | None = None,
 ) -> jax.Array:  # [B, T, D], after the final norm
     """The decoder without a cache: training, or (given prompt `lengths`) scoring.
@@ -212,24 +220,18 @@ def hidden_states(
     def attend(q, k, v):
         return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None
 
-    def layer(x, weights):
-        w, low = weights
-        return decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
+    def layer(x, per_layer):
+        index, low = per_layer
+        w = gather(_layer_weights(params["layers"], index))
+        return decoder_layer(cfg, x, w, low, scale, angles, logn, attend)
 
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
     x = embed(params, tokens, mesh)
-    x, _ = jax.lax.scan(layer, x, (params["layers"], lora_layers))
+    runs = [(0, cfg.num_layers, None)] if remat is None else remat.ranges()
+    for start, stop, level in runs:
+        body = layer if level is None else checkpointed(layer, level)
+        low = jax.tree.map(lambda x, run=slice(start, stop): x[run], lora_layers)
+        x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
-
-
-def remat_policy(remat: str):
-    """What a rematerialized layer keeps: `full` nothing, `selective` every GEMM's output."""
-    if remat == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    if remat == "selective":
-        return jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-    raise ValueError(f"remat {remat!r}: expected full, selective or none")
 
 
 def forward(

@@ -10,6 +10,7 @@ ORDER = [
     "config",
     "sharding",
     "quant",
+    "remat",
     "kernels",
     "params",
     "adapters",
