@@ -1,4 +1,4 @@
-"""train.data, train.dataset_info and train.batches against rows, token ids and orders written out by hand."""
+"""train.data, dataset_info and batches against rows, token ids and orders written out by hand."""
 
 import json
 import os
@@ -515,8 +515,8 @@ def test_resumed_batches_equal_the_ones_not_interrupted():
     examples = examples_of_lengths(3, 70, 5, 130, 8, 2, 9)
     plan = batches.BatchPlan(7, 3, seed=0)
     options = {"cutoff_len": 200, "pad_id": EOD}
-    whole = list(batches.batches(examples, plan, start=0, stop=8, **options))
-    resumed = list(batches.batches(examples, plan, start=5, stop=8, **options))
+    whole = list(batches.batches(examples, plan, 0, 8, **options))
+    resumed = list(batches.batches(examples, plan, 5, 8, **options))
     assert [step for step, _ in resumed] == [5, 6, 7]
     for (step, batch), (_, again) in zip(whole[5:], resumed, strict=True):
         for key in ("tokens", "loss_mask", "lengths"):

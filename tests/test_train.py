@@ -34,6 +34,7 @@ from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train import lora as program
 from train import loss as loss_file
+from train.base import quantize_params
 from train.loss import next_token_loss
 from train.report import Report
 from train.step import (
@@ -389,7 +390,7 @@ def test_quantization_in_memory_is_that_of_the_format():
     weights = random_weights(cfg)
     mesh = make_mesh(parse_mesh("1"))
     fmt = QuantFormat.named("nf4")
-    ours = program.quantize_params(cfg, to_params(cfg, weights), fmt, mesh)
+    ours = quantize_params(cfg, to_params(cfg, weights), fmt, mesh)
     expected = to_params(cfg, weights, fmt="nf4")
     assert isinstance(ours["layers"]["mlp"]["up"], QTensor)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):

@@ -108,9 +108,9 @@ def collate(
 def batches(
     examples: Sequence[Example],
     plan: BatchPlan,
-    *,
     start: int,
     stop: int,
+    *,
     cutoff_len: int,
     pad_id: int,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
