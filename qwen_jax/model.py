@@ -21,10 +21,11 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, append
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.low_rank import expand, shrink
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import QTensor, QuantFormat
-from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
+from qwen_jax.remat import DOWN, GATE, LOW, QKV, RESIDUAL, UP, WEIGHT, WO, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
@@ -91,30 +92,36 @@ def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
     return jnp.where(positions >= cfg.seq_length, factor, 1.0)[:, :, None, None]
 
 
-def linear(x: jax.Array, w: Weight, lora: dict[str, jax.Array] | None, scale: float) -> jax.Array:
-    """x [..., I] -> [..., *O]: the frozen weight, plus the low-rank correction if there is one."""
-    y = qmatmul(x, w)
-    if lora is None:
+def linear(
+    x: jax.Array,  # [..., I]
+    w: Weight,  # [*O, I]
+    low_rank: dict[str, jax.Array] | None,  # a [R, I], b [R, *O] in x's dtype
+    scale: float,
+    name: str,  # what remat calls the product with the frozen weight
+) -> jax.Array:  # [..., *O]
+    """The frozen weight, plus the low-rank correction if there is one.
+
+    What a layer keeps for its backward pass is the bare product: the correction is cheap to make
+    again from R values a token, and the GEMM can then write to where the product is kept.
+    """
+    y = checkpoint_name(qmatmul(x, w), name)
+    if low_rank is None:
         return y
-    # a [R, I], b [*O, R]. Scaling the R-wide product, and not the O-wide one, leaves a bare sum of
-    # two products, which XLA can accumulate in the second one's GEMM.
-    low = jnp.einsum("...i,ri->...r", x, lora["a"].astype(x.dtype)) * scale
-    b = lora["b"].astype(x.dtype)
-    return y + jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
+    low = checkpoint_name(shrink(x, low_rank["a"]) * scale, LOW)
+    return y + expand(low, low_rank["b"])
 
 
 def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale), UP)
-        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale), GATE)
-        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale)
+        up = linear(x, w["up"], lora.get("up"), scale, UP)
+        gate = linear(x, w["gate"], lora.get("gate"), scale, GATE)
+        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale, DOWN)
 
 
 def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = checkpoint_name(linear(x, w["wqkv"], lora.get("wqkv"), scale), QKV)  # [B, T, 3, N, H]
-    qkv = qkv + w["bqkv"]
+    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale, QKV) + w["bqkv"]  # [B, T, 3, N, H]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -124,7 +131,7 @@ def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Ar
 
 def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale)
+    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale, WO)
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -155,10 +162,16 @@ def _layer_weights(layers: Params, index: jax.Array) -> Params:
     return jax.tree.map(one, layers)
 
 
-def _lora_layers(lora: Lora | None) -> tuple[Params, float]:
+def _lora_layers(lora: Lora | None, dtype: jnp.dtype) -> tuple[Params, float]:
+    """The stacks in the compute dtype, b as [L, R, *O] with its outputs contiguous: cast and turned
+    once for all layers, not in each."""
     if lora is None:
         return {}, 0.0
-    return lora.weights.get("layers", {}), lora.scale
+    layers = jax.tree.map(lambda x: x.astype(dtype), lora.weights.get("layers", {}))
+    for block in layers.values():
+        for pair in block.values():
+            pair["b"] = jnp.moveaxis(pair["b"], -1, 1)
+    return layers, lora.scale
 
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -214,7 +227,7 @@ def hidden_states(
     ntk = jnp.zeros((B,), jnp.int32) if lengths is None else ntk_row(cfg, lengths)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
-    lora_layers, scale = _lora_layers(lora)
+    lora_layers, scale = _lora_layers(lora, params["wte"].dtype)
     gather = _gather(cfg, params["layers"], mesh)
 
     def attend(q, k, v):
@@ -257,7 +270,7 @@ def forward(
     positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
-    lora_layers, scale = _lora_layers(lora)
+    lora_layers, scale = _lora_layers(lora, params["wte"].dtype)
     gather = _gather(cfg, params["layers"], mesh)
 
     def layer(carry, weights):

@@ -8,6 +8,7 @@ ORDER = [
     "errors",
     "files",
     "config",
+    "runtime",
     "sharding",
     "quant",
     "remat",
