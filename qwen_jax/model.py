@@ -9,7 +9,6 @@ tokenizers, files or optimizers.
 """
 
 import functools
-import os
 from typing import Any
 
 import jax
@@ -29,8 +28,6 @@ from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
-UNROLL = int(os.environ.get("UNROLL", "0"))
-COMPUTE = os.environ.get("COMPUTE", "bf16")
 
 # Dynamic NTK has one frequency row for each doubling of the context; 16 doublings are plenty.
 _NTK_ROWS = 16
@@ -113,7 +110,7 @@ def linear(
     low: jax.Array | None = None,  # [..., R]: the narrow half, if it was made already
 ) -> jax.Array:  # [..., *O]
     """The frozen weight, plus the low-rank correction if there is one."""
-    y = qmatmul(x, w, COMPUTE)
+    y = qmatmul(x, w)
     if pair is None:
         return y
     # The scale sits on the R-wide half: what is left is a bare sum of two products, which XLA can
@@ -190,17 +187,6 @@ def _lora_layers(lora: Lora | None, dtype: jnp.dtype) -> tuple[Params, float]:
     return layers, lora.scale
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _unstack(tree, n):
-    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(n)]
-
-
-_unstack.defvjp(
-    lambda tree, n: (_unstack(tree, n), None),
-    lambda n, _, g: (jax.tree.map(lambda *x: jnp.stack(x), *g),),
-)
-
-
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
     """tokens int32 [B, T] -> [B, T, D]."""
     x = jnp.take(params["wte"], tokens, axis=0)
@@ -270,12 +256,7 @@ def hidden_states(
     for start, stop, level in runs:
         body = layer if level is None else checkpointed(layer, level)
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], lora_layers)
-        if UNROLL:
-            jbody = jax.jit(body)
-            for i, one in enumerate(_unstack(low, stop - start)):
-                x, _ = jbody(x, (jnp.int32(start + i), one))
-        else:
-            x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
+        x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
 
 
