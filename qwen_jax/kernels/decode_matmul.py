@@ -46,7 +46,9 @@ def pack_int4(
     codes = jnp.pad(codes, [(0, 0), (0, rest * GROUP // 2)])
     scale = jnp.pad(scale, [(0, 0), (0, rest)])  # scale 0: what was padded adds nothing
     K = codes.shape[1] * 2
-    pairs = codes.reshape(N // 16, 2, 8, K // 64, 2, 4, 2, 2)  # [n, half, row, unit, b, part, h, pair]
+    pairs = codes.reshape(
+        N // 16, 2, 8, K // 64, 2, 4, 2, 2
+    )  # [n, half, row, unit, b, part, h, pair]
     pairs = pairs.transpose(0, 3, 2, 5, 4, 6, 7, 1).astype(jnp.uint32)
     shift = jnp.array([[0, 4], [8, 12]], jnp.uint32)  # [pair, half]
     words = ((pairs & 15) << shift) | ((pairs >> 4) << (shift + 16))
