@@ -1,4 +1,4 @@
-"""Bandwidth of the few-row 4-bit product on the two layer shapes of Qwen-72B, beside the card's own.
+"""Bandwidth of the few-row 4-bit product on the layer shapes of Qwen-72B, beside the card's own.
 
     python -m benchmarks.qmatmul [--sweep true]
 

@@ -124,7 +124,7 @@ def bfloats(word: Value) -> list[Value]:
 
 
 def int8s(word: Value) -> list[Value]:
-    """Four int8 of a word -> four float32; a byte put into the mantissa of 2^23 reads 2^23 + byte."""
+    """Four int8 of a word -> four float32: a byte in the mantissa of 2^23 reads 2^23 + byte."""
     flipped = arith.xori(word, const(-0x7F7F7F80))  # 0x80808080: signed to unsigned, + 128
     values = []
     for i in range(4):

@@ -81,7 +81,7 @@ def split_matmul(
     return run(layer, x, codes, scale)
 
 
-def _int4_pairs(word: ir.Value) -> list[ir.Value]:
+def _int4_pairs(word: ptx.Value) -> list[ptx.Value]:
     """Eight codes of a word -> four bfloat16 pairs (code - 8).
 
     A code put into the mantissa of 128 reads 128 + code; subtracting 136 is exact.

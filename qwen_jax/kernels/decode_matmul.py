@@ -66,7 +66,7 @@ def unpack_int4(
     n, units = words.shape[:2]
     shift = jnp.array([[[0, 4], [8, 12]], [[16, 20], [24, 28]]], jnp.uint32)
     codes = (words.reshape(n, units, 8, 4, 2, 2, 1, 1, 1) >> shift) & 15
-    # [n, unit, row, part, b, h, second, pair, half] -> [n, half, row, unit, b, part, h, pair, second]
+    # [n, unit, row, part, b, h, second, pair, half] -> rows [n, half, row], inputs in order
     codes = codes.transpose(0, 8, 2, 1, 4, 3, 5, 7, 6).reshape(n * 16, units // 2, GROUP)
     scales = scale.reshape(n, -1, 8, 4, 2).transpose(0, 4, 2, 1, 3).reshape(n * 16, -1, 1)
     w = (codes.astype(jnp.float32) - INT4_ZERO_POINT) * scales.astype(jnp.float32)
@@ -74,7 +74,7 @@ def unpack_int4(
 
 
 def pack(q: QTensor) -> PackedWeight:
-    """Packs a stack of int4 weights [L, *O, I]; one layer at a time, so that little is held twice."""
+    """Packs a stack of int4 weights [L, *O, I], one layer at a time."""
     if q.kind != "int4" or q.in_size // q.scale.shape[-1] != GROUP:
         raise NotImplementedError(f"packing of {q.kind} {q.shape} with scales {q.scale.shape}")
     L, *out, width = q.data.shape
