@@ -12,6 +12,7 @@ Activations are copied to shared memory once. It knows only arrays in that order
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ UNITS = 8  # units of a chunk
 CHUNK = UNIT * UNITS
 # Keeps the eight rows of the activations in different banks of shared memory.
 _ROW_PAD = 64  # bytes
+_SMEM = 100 * 1024  # of a block, so that two fit a multiprocessor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,35 @@ class Tiling:
     def check(self, N: int, K: int) -> None:
         if N % self.rows or K % (CHUNK * self.splits) or self.warps % 4 or UNITS % self.ahead:
             raise NotImplementedError(f"{self} does not divide a {N} x {K} weight")
+
+
+# (N, K) of a layer of Qwen-72B, rows of activations up to -> tiling (benchmarks/qmatmul.py --sweep).
+_TUNED: dict[tuple[int, int], list[tuple[int, Tiling]]] = {}
+
+
+def tiling_for(M: int, N: int, K: int) -> Tiling:
+    """The tuned tiling of a known shape, else one that divides it and fills the card."""
+    for limit, tiling in _TUNED.get((N, K), []):
+        if M <= limit:
+            return tiling
+    return min(_tilings(M, N, K), key=lambda t: _waste(t, N))
+
+
+def _tilings(M: int, N: int, K: int) -> list[Tiling]:
+    tilings = []
+    for blocks, warps, splits in itertools.product((1, 2, 3), (4, 8, 12, 16), range(1, 17)):
+        fits = (K // splits * 2 + _ROW_PAD) * -(-M // 8) * 8 <= _SMEM
+        small = blocks * -(-M // 8) <= 4  # accumulators stay in registers
+        if N % (16 * blocks * warps) == 0 and K % (CHUNK * splits) == 0 and fits and small:
+            tilings.append(Tiling(blocks=blocks, warps=warps, splits=splits, ahead=4))
+    if not tilings:
+        raise NotImplementedError(f"no tiling divides a {N} x {K} weight for {M} rows")
+    return tilings
+
+
+def _waste(t: Tiling, N: int) -> float:
+    """How far the warps are from the 16 that each of 132 multiprocessors should have."""
+    return abs(N // t.rows * t.splits * t.warps / (132 * 16) - 1) + 0.02 * t.splits
 
 
 def split_matmul(

@@ -8,6 +8,8 @@ the kernel takes the whole stack and a layer index, because a slice would be cop
 It knows no model.
 """
 
+import functools
+import logging
 import math
 
 import jax
@@ -19,6 +21,10 @@ from qwen_jax.quant import INT4_ZERO_POINT, QTensor
 GROUP = 128
 # Inputs are padded to a multiple of this: four groups, whose scales are one load.
 CHUNK = 512
+# Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py).
+MAX_ROWS = 32
+
+_log = logging.getLogger(__name__)
 
 
 @struct.dataclass
@@ -84,3 +90,73 @@ def pack(q: QTensor) -> PackedWeight:
     data = (q.data.reshape(L, N, width), q.scale.reshape(L, N, -1))
     codes, scale = jax.lax.map(lambda layer: pack_int4(*layer), data)
     return PackedWeight(codes=codes, scale=scale, out_shape=tuple(out), in_size=q.in_size)
+
+
+def decode_matmul(
+    x: jax.Array,  # [..., I]
+    w: PackedWeight,
+    layer: jax.Array,  # int32 []
+    *,
+    implementation: str | None = None,  # "mosaic" or "xla"; None chooses
+) -> jax.Array:  # [..., *O], in x's dtype
+    """Multiplies with one layer of a packed stack; sums in float32, rounded once.
+
+    A named implementation never falls back; the automatic choice takes the kernel for up to
+    `MAX_ROWS` rows in bfloat16 on a Hopper card, else dequantizes in front of a GEMM.
+    """
+    if x.shape[-1] != w.in_size:
+        raise ValueError(f"x has {x.shape[-1]} inputs, the packed weight expects {w.in_size}")
+    rows = math.prod(x.shape[:-1])
+    flat = x.reshape(rows, w.in_size)
+    chosen = implementation or choose(flat, w)
+    if chosen == "mosaic":
+        y = _mosaic(flat, w, layer)
+    elif chosen == "xla":
+        y = decode_matmul_xla(flat, w, layer)
+    else:
+        raise ValueError(f"decode_matmul implementation {chosen!r}: expected 'mosaic' or 'xla'")
+    return y.astype(x.dtype).reshape(*x.shape[:-1], *w.out_shape)
+
+
+def decode_matmul_xla(
+    x: jax.Array,  # [M, I]
+    w: PackedWeight,
+    layer: jax.Array,  # int32 []
+) -> jax.Array:  # float32 [M, N]
+    """The reference: unpacks the layer in x's dtype in front of a GEMM."""
+    at = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
+    dense = unpack_int4(at(w.codes), at(w.scale), x.dtype)[:, : w.in_size]
+    last = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, dense, last, preferred_element_type=jnp.float32)
+
+
+def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
+    from qwen_jax.kernels import _pallas_qmatmul
+
+    M = x.shape[0]
+    rows = M if M <= 8 else -(-M // 8) * 8
+    K = w.codes.shape[2] * 64
+    x = jnp.pad(x, [(0, rows - M), (0, K - w.in_size)])
+    tiling = _pallas_qmatmul.tiling_for(rows, w.codes.shape[1] * 16, K)
+    index = jnp.asarray(layer, jnp.int32).reshape(1)
+    parts = _pallas_qmatmul.split_matmul(index, x, w.codes, w.scale, tiling=tiling)
+    return parts.sum(0)[:M]
+
+
+def choose(x: jax.Array, w: PackedWeight) -> str:
+    """The kernel for few rows on a Hopper card, XLA otherwise."""
+    chosen = "mosaic" if x.shape[0] <= MAX_ROWS and on_hopper(x) else "xla"
+    _say_once(chosen, "few rows" if x.shape[0] <= MAX_ROWS else "many rows")
+    return chosen
+
+
+def on_hopper(x: jax.Array) -> bool:
+    """Whether bfloat16 kernels written for sm_90 run here."""
+    if jax.default_backend() != "gpu" or x.dtype != jnp.bfloat16:
+        return False
+    return str(jax.local_devices()[0].compute_capability) == "9.0"
+
+
+@functools.cache
+def _say_once(chosen: str, use: str) -> None:
+    _log.info("int4 products of %s run on %s", use, chosen)
