@@ -49,14 +49,14 @@ class Tiling:
             raise NotImplementedError(f"{self} does not divide a {N} x {K} weight")
 
 
-# (N, K) of a layer of Qwen-72B, rows of activations up to -> tiling (benchmarks/qmatmul.py --sweep).
+# (N, K) of a layer of Qwen-72B -> (rows of activations up to, tiling); benchmarks/qmatmul.py.
 _TUNED: dict[tuple[int, int], list[tuple[int, Tiling]]] = {}
 
 
 def tiling_for(M: int, N: int, K: int) -> Tiling:
     """The tuned tiling of a known shape, else one that divides it and fills the card."""
     for limit, tiling in _TUNED.get((N, K), []):
-        if M <= limit:
+        if limit >= M:
             return tiling
     return min(_tilings(M, N, K), key=lambda t: _waste(t, N))
 

@@ -79,17 +79,29 @@ def unpack_int4(
     return w.reshape(n * 16, units * 64).astype(dtype)
 
 
-def pack(q: QTensor) -> PackedWeight:
-    """Packs a stack of int4 weights [L, *O, I], one layer at a time."""
-    if q.kind != "int4" or q.in_size // q.scale.shape[-1] != GROUP:
-        raise NotImplementedError(f"packing of {q.kind} {q.shape} with scales {q.scale.shape}")
-    L, *out, width = q.data.shape
+def pack(*weights: QTensor) -> PackedWeight:
+    """Packs a stack of int4 weights [L, *O, I], one layer at a time.
+
+    Several of one shape become one weight [L, count, *O, I]: their products are then one.
+    """
+    for q in weights:
+        if q.kind != "int4" or q.in_size // q.scale.shape[-1] != GROUP:
+            raise NotImplementedError(f"packing of {q.kind} {q.shape} with scales {q.scale.shape}")
+    _, *out, width = weights[0].data.shape
     N = math.prod(out)
     if N % 16:
         raise NotImplementedError(f"{N} outputs are no multiple of 16")
-    data = (q.data.reshape(L, N, width), q.scale.reshape(L, N, -1))
-    codes, scale = jax.lax.map(lambda layer: pack_int4(*layer), data)
-    return PackedWeight(codes=codes, scale=scale, out_shape=tuple(out), in_size=q.in_size)
+    data = [
+        (q.data.reshape(-1, N, width), q.scale.reshape(-1, N, q.scale.shape[-1])) for q in weights
+    ]
+
+    def one(layer: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        codes, scales = zip(*layer, strict=True)
+        return pack_int4(jnp.concatenate(codes), jnp.concatenate(scales))
+
+    codes, scale = jax.lax.map(one, data)
+    shape = tuple(out) if len(weights) == 1 else (len(weights), *out)
+    return PackedWeight(codes=codes, scale=scale, out_shape=shape, in_size=weights[0].in_size)
 
 
 def decode_matmul(
