@@ -85,17 +85,17 @@ def median_seconds(fn, *args) -> float:
     return float(np.median(times))
 
 
-def kernel_seconds(fn, x, codes, scale) -> float:
-    """Median device time of one call, each of another layer."""
+def kernel_seconds(fn, *args: jax.Array) -> float:
+    """Median device time of one call fn(layer, *args), each of another layer."""
     from jax._src.lib import mosaic_gpu
 
     cupti = mosaic_gpu._mosaic_gpu_ext
     indices = [jnp.array([i], jnp.int32) for i in range(LAYERS)]
-    compiled = jax.jit(fn).lower(indices[0], x, codes, scale).compile()
-    jax.block_until_ready([compiled(i, x, codes, scale) for i in indices])
+    compiled = jax.jit(fn).lower(indices[0], *args).compile()
+    jax.block_until_ready([compiled(i, *args) for i in indices])
     cupti._cupti_init()
     try:
-        jax.block_until_ready([compiled(i, x, codes, scale) for i in indices])
+        jax.block_until_ready([compiled(i, *args) for i in indices])
     finally:
         times = cupti._cupti_get_timings(True)
     return float(np.median([t for _, t in times])) / 1e3

@@ -50,7 +50,21 @@ class Tiling:
 
 
 # (N, K) of a layer of Qwen-72B -> (rows of activations up to, tiling); benchmarks/qmatmul.py.
-_TUNED: dict[tuple[int, int], list[tuple[int, Tiling]]] = {}
+_TUNED: dict[tuple[int, int], list[tuple[int, Tiling]]] = {
+    (24576, 8192): [
+        (8, Tiling(blocks=3, warps=16, splits=4, ahead=4)),
+        (16, Tiling(blocks=2, warps=12, splits=4, ahead=4)),
+    ],
+    (49152, 8192): [
+        (8, Tiling(blocks=3, warps=16, splits=4, ahead=4)),
+        (16, Tiling(blocks=2, warps=12, splits=4, ahead=4)),
+    ],
+    (8192, 24576): [
+        (8, Tiling(blocks=2, warps=16, splits=8, ahead=4)),
+        (16, Tiling(blocks=2, warps=8, splits=8, ahead=4)),
+    ],
+    (8192, 8192): [(16, Tiling(blocks=1, warps=16, splits=4, ahead=8))],
+}
 
 
 def tiling_for(M: int, N: int, K: int) -> Tiling:
