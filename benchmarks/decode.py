@@ -25,7 +25,7 @@ from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
-from qwen_jax.kernels.decode_matmul import PackedWeight
+from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.params import init_params, tree_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params

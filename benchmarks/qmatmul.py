@@ -19,7 +19,7 @@ import numpy as np
 
 from qwen_jax.cli import parse, run
 from qwen_jax.kernels._pallas_qmatmul import Tiling, split_matmul, tiling_for
-from qwen_jax.kernels.decode_matmul import pack_int4
+from qwen_jax.kernels.packing import pack_layer
 from qwen_jax.quant import QuantFormat, dequantize, quantize
 
 SHAPES = {
@@ -121,7 +121,7 @@ def program_seconds(fn, x, codes, scale) -> float:
 def relative_error(fn, M: int, N: int, K: int) -> float:
     w = jax.random.normal(jax.random.key(3), (N, K)) * 0.02
     q = quantize(w, QuantFormat(kind="int4", group=128))
-    codes, scale = (a[None] for a in jax.jit(pack_int4)(q.data, q.scale))
+    codes, scale = (a[None] for a in pack_layer(q.data, q.scale, "int4"))
     x = jax.random.normal(jax.random.key(4), (M, K)).astype(jnp.bfloat16)
     out = fn(jnp.zeros((1,), jnp.int32), x, codes, scale).sum(0)
     with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""The decoder on packed 4-bit weights: generation on one card, at the speed of its memory.
+"""The decoder on packed quantized weights: generation on one card, at the speed of its memory.
 
     params["layers"] = {"ln_1", "ln_2": [L, D],
                         "attn": {"wqkv": PackedWeight, "bqkv": [L, 3, N, H], "wo": PackedWeight},
@@ -19,7 +19,8 @@ from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention
-from qwen_jax.kernels.decode_matmul import PackedWeight, decode_matmul, pack
+from qwen_jax.kernels.decode_matmul import decode_matmul
+from qwen_jax.kernels.packing import PackedWeight, can_pack, pack
 from qwen_jax.model import Params, embed, logn_scale, ntk_row, rms_norm, rope, rope_angles
 from qwen_jax.quant import QTensor
 
@@ -27,10 +28,11 @@ from qwen_jax.quant import QTensor
 _FEW_TOKENS = 16
 
 
-def can_pack(params: Params) -> bool:
-    """Whether these weights have the format that `pack_params` takes."""
-    w = params["layers"]["attn"]["wqkv"]
-    return isinstance(w, QTensor) and w.kind == "int4" and w.data.shape[-2] % 16 == 0
+def packable(params: Params) -> bool:
+    """Whether these weights have a format that `pack_params` takes."""
+    blocks = (params["layers"]["attn"], params["layers"]["mlp"])
+    weights = [w for block in blocks for w in block.values() if isinstance(w, QTensor)]
+    return len(weights) == 5 and all(can_pack(w) for w in weights)
 
 
 def is_packed(params: Params) -> bool:
@@ -38,8 +40,11 @@ def is_packed(params: Params) -> bool:
 
 
 def pack_params(params: Params, *, consume: bool = False) -> Params:
-    """Reorders the int4 weights; with `consume` each leaf is freed as soon as it is packed, so that
-    memory holds the model once and its largest leaf a second time."""
+    """Reorders the quantized weights.
+
+    With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
+    its largest leaf a second time.
+    """
     layers, pack_leaf = params["layers"], jax.jit(pack)
 
     def packed(*leaves: QTensor) -> PackedWeight:
