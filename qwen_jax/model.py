@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, append
+from qwen_jax.cache import KVCache, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
@@ -269,6 +269,7 @@ def forward(
     *,
     counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
     prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts; see below
+    fresh: bool = False,  # promises an empty cache: attention then needs no look into it
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D] after the final norm, cache with the T tokens
     """Runs T new tokens of each row after what its cache holds: prefill (T long) or decode (T = 1).
@@ -287,28 +288,23 @@ def forward(
     gather = _gather(cfg, params["layers"], mesh)
 
     def layer(carry, weights):
-        x, k_stack, v_stack = carry
+        # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
+        x, cache = carry
         index, w, low = weights
 
         def attend(q, k, v):
-            # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
-            keys = append(k_stack, k, index, cache.lengths)
-            values = append(v_stack, v, index, cache.lengths)
-            k_all, v_all = (
-                jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False).astype(q.dtype)
-                for stack in (keys, values)
-            )
-            return attention(q, k_all, v_all, q_index=positions), (keys, values)
+            written = write(cache, index, k, v)
+            if fresh:
+                return attention(q, k, v, q_index=positions, causal_square=True), written
+            k_all, v_all = read(written, index, q.dtype)
+            return attention(q, k_all, v_all, q_index=positions), written
 
-        x, stacks = decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
-        return (x, *stacks), None
+        return decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend), None
 
     x = embed(params, tokens, mesh)
     indices = jnp.arange(cfg.num_layers)
-    (x, k, v), _ = jax.lax.scan(
-        layer, (x, cache.k, cache.v), (indices, params["layers"], lora_layers)
-    )
-    cache = KVCache(k=k, v=v, lengths=cache.lengths + counts, ntk=ntk)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], lora_layers))
+    cache = cache.replace(lengths=cache.lengths + counts, ntk=ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
 
 

@@ -17,6 +17,7 @@ ORDER = [
     "adapters",
     "cache",
     "model",
+    "packed",
     "checkpoint",
     "tokenizer",
     "chatml",
