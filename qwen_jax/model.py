@@ -9,6 +9,7 @@ tokenizers, files or optimizers.
 """
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -21,14 +22,15 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, append
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.kernels.low_rank import expand, shrink
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import QTensor, QuantFormat
-from qwen_jax.remat import DOWN, GATE, LOW, QKV, RESIDUAL, UP, WEIGHT, WO, Remat, checkpointed
+from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
+UNROLL = int(os.environ.get("UNROLL", "0"))
+COMPUTE = os.environ.get("COMPUTE", "bf16")
 
 # Dynamic NTK has one frequency row for each doubling of the context; 16 doublings are plenty.
 _NTK_ROWS = 16
@@ -92,36 +94,50 @@ def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
     return jnp.where(positions >= cfg.seq_length, factor, 1.0)[:, :, None, None]
 
 
+def shrink(
+    x: jax.Array,  # [..., I]
+    pairs: list[Params],  # each with a [R, I]
+    scale: float,
+) -> list[jax.Array]:  # each [..., R]
+    """The narrow halves of LoRA for all weights that read the same x, as one product."""
+    a = jnp.concatenate([pair["a"] for pair in pairs])
+    low = jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ()))) * scale
+    return jnp.split(low, len(pairs), axis=-1)
+
+
 def linear(
     x: jax.Array,  # [..., I]
     w: Weight,  # [*O, I]
-    low_rank: dict[str, jax.Array] | None,  # a [R, I], b [R, *O] in x's dtype
+    pair: Params | None,  # LoRA in x's dtype: a [R, I], b [R, *O]
     scale: float,
-    name: str,  # what remat calls the product with the frozen weight
+    low: jax.Array | None = None,  # [..., R]: the narrow half, if it was made already
 ) -> jax.Array:  # [..., *O]
-    """The frozen weight, plus the low-rank correction if there is one.
-
-    What a layer keeps for its backward pass is the bare product: the correction is cheap to make
-    again from R values a token, and the GEMM can then write to where the product is kept.
-    """
-    y = checkpoint_name(qmatmul(x, w), name)
-    if low_rank is None:
+    """The frozen weight, plus the low-rank correction if there is one."""
+    y = qmatmul(x, w, COMPUTE)
+    if pair is None:
         return y
-    low = checkpoint_name(shrink(x, low_rank["a"]) * scale, LOW)
-    return y + expand(low, low_rank["b"])
+    # The scale sits on the R-wide half: what is left is a bare sum of two products, which XLA can
+    # accumulate in one GEMM's epilogue.
+    if low is None:
+        (low,) = shrink(x, [pair], scale)
+    return y + jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
 
 
 def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up = linear(x, w["up"], lora.get("up"), scale, UP)
-        gate = linear(x, w["gate"], lora.get("gate"), scale, GATE)
-        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale, DOWN)
+        low_up = low_gate = None
+        if "up" in lora and "gate" in lora:
+            low_up, low_gate = shrink(x, [lora["up"], lora["gate"]], scale)
+        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale, low_up), UP)
+        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale, low_gate), GATE)
+        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale)
 
 
 def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale, QKV) + w["bqkv"]  # [B, T, 3, N, H]
+    qkv = checkpoint_name(linear(x, w["wqkv"], lora.get("wqkv"), scale), QKV)  # [B, T, 3, N, H]
+    qkv = qkv + w["bqkv"]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -131,7 +147,7 @@ def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Ar
 
 def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale, WO)
+    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale)
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -172,6 +188,17 @@ def _lora_layers(lora: Lora | None, dtype: jnp.dtype) -> tuple[Params, float]:
         for pair in block.values():
             pair["b"] = jnp.moveaxis(pair["b"], -1, 1)
     return layers, lora.scale
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _unstack(tree, n):
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(n)]
+
+
+_unstack.defvjp(
+    lambda tree, n: (_unstack(tree, n), None),
+    lambda n, _, g: (jax.tree.map(lambda *x: jnp.stack(x), *g),),
+)
 
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -243,7 +270,12 @@ def hidden_states(
     for start, stop, level in runs:
         body = layer if level is None else checkpointed(layer, level)
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], lora_layers)
-        x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
+        if UNROLL:
+            jbody = jax.jit(body)
+            for i, one in enumerate(_unstack(low, stop - start)):
+                x, _ = jbody(x, (jnp.int32(start + i), one))
+        else:
+            x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
 
 
