@@ -1,6 +1,6 @@
 """What the command lines share: a dataclass becomes flags, every error becomes one line.
 
-    exit 2   wrong usage: an unknown flag, a missing or malformed value
+    exit 2   wrong usage: an unknown flag, a missing, malformed or impossible value (UsageError)
     exit 1   the work failed for a reason the user can mend (InputError, a full disk, memory)
     exit 130 interrupted (Ctrl-C), 143 terminated, 141 nobody reads the output any more
 
@@ -23,7 +23,7 @@ from typing import TypeVar
 import jax
 import tyro
 
-from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.errors import InputError, UsageError, did_you_mean
 
 Args = TypeVar("Args")
 
@@ -101,8 +101,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _usage_error(message: str) -> None:
-    print(f"error: {message} (see --help)", file=sys.stderr)
-    raise SystemExit(2)
+    _fail(f"error: {' '.join(message.split())} (see --help)", 2)
 
 
 def _one_line(box: str) -> str:
@@ -158,6 +157,12 @@ def run(main: Callable[[], None]) -> None:
                 sys.stdout.flush()  # here, where a full disk or a closed pipe can be caught
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM:
+            _fail("terminated", 128 + signal.SIGTERM)
+        raise
+    except UsageError as error:
+        _usage_error(str(error))
     except BrokenPipeError:
         _fail(None, 128 + signal.SIGPIPE)
     except Exception as error:
@@ -200,7 +205,7 @@ def _terminable() -> Iterator[None]:
     """SIGTERM unwinds like an error, so that nothing half-written stays behind."""
 
     def stop(number, frame):
-        _fail("terminated", 128 + number)
+        raise SystemExit(128 + number)  # said later: the signal may have come in a print
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from qwen_jax.cli import parse, run
-from qwen_jax.errors import InputError
+from qwen_jax.errors import InputError, UsageError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,7 @@ LARGE = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating
     "error, code, message",
     [
         (InputError("two\nlines"), 1, "error: two lines"),
+        (UsageError("--lora_rank is 0"), 2, "error: --lora_rank is 0 (see --help)"),
         (FULL, 1, "/disk/file: No space left on device; free some space"),
         (LARGE, 1, "out of device memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)"),
         (KeyboardInterrupt(), 130, "interrupted"),
