@@ -4,23 +4,27 @@ An input line is {"prompt": "..."} or {"messages": [{"role": ..., "content": ...
 line {"prompt": ..., "response": "..."}. Settings that are not given come from the checkpoint's
 generation_config.json. Row i of a file draws with seed + i, so its text depends neither on
 --batch_size nor on the other rows.
+
+With --output FILE rows gather in FILE.partial as they finish; a run that was stopped goes on
+from there when its command is given again, and FILE appears when all rows are there.
 """
 
-import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from qwen_jax import api, chatml
+from qwen_jax.adapters import ADAPTER_WEIGHTS
 from qwen_jax.cli import parse, run
 from qwen_jax.errors import InputError
-from qwen_jax.files import replacing
 from qwen_jax.sampling import SamplingParams
+from sample.answers_file import AnswersFile
 
 
 @dataclass(kw_only=True)
@@ -56,7 +60,7 @@ class Args(ModelFlags):
     input: str | None = None
     """JSONL file, one prompt or conversation a line."""
     output: str | None = None
-    """JSONL file that appears whole at the end; default standard output."""
+    """JSONL file, whole when it appears; rows gather in FILE.partial. Default standard output."""
     raw: bool = False
     """The prompt is plain text to be continued, no chat message."""
     batch_size: int = 8
@@ -158,14 +162,59 @@ def answers(
             yield (text if raw else chatml.decode_answer(tokenizer, ids)), len(ids)
 
 
-@contextlib.contextmanager
-def _output(path: str | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
-        return
-    with replacing(pathlib.Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
+def run_settings(args: Args, model: api.Model, params: SamplingParams, raw: bool) -> dict[str, Any]:
+    """All that decides a row's text beside its prompt: a run with other values is another run."""
+    adapter = None
+    if args.adapter is not None:
+        with open(pathlib.Path(args.adapter) / ADAPTER_WEIGHTS, "rb") as file:
+            adapter = hashlib.file_digest(file, "sha256").hexdigest()
+    quantization = model.manifest.quantization
+    return {
+        "checkpoint": model.manifest.fingerprint,
+        "quantization": dataclasses.asdict(quantization) if quantization else None,
+        "dtype": args.dtype or model.manifest.dtype,
+        "adapter": adapter,
+        "raw": raw,
+        "system": args.system,
+        "max_window_size": model.defaults.max_window_size,
+        **dataclasses.asdict(params),
+    }
+
+
+def write_answers(
+    output: AnswersFile, model: api.Model, requests: list[Request], batch_size: int, raw: bool
+) -> tuple[int, int]:
+    """Answers what is not yet in `output` and finishes it; returns how many, and their tokens."""
+    with output:
+        if output.done:
+            print(
+                f"{output.partial}: {output.done} of {len(requests)} answers are there, going on",
+                file=sys.stderr,
+            )
+        rest = requests[output.done :]
+        count = tokens = 0
+        try:
+            for row, length in answer_rows(model, rest, batch_size, raw):
+                output.add(row)
+                count, tokens = count + 1, tokens + length
+        except BaseException:
+            print(
+                f"stopped; {output.done + count} of {len(requests)} answers are in "
+                f"{output.partial}, the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise
+        output.finish()
+    return count, tokens
+
+
+def answer_rows(
+    model: api.Model, requests: list[Request], batch_size: int, raw: bool
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """The output row of each request, and its number of tokens."""
+    texts = answers(model, requests, batch_size, raw)
+    for request, (text, length) in zip(requests, texts, strict=True):
+        yield {"prompt": request.prompt, "response": text}, length
 
 
 def _check(args: Args) -> None:
@@ -197,16 +246,20 @@ def main(argv: list[str] | None = None) -> None:
             requests.append(make_request(model, prompt, own, args.system, raw))
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-    begin, tokens = time.perf_counter(), 0
-    with _output(args.output) as file:
-        texts = answers(model, requests, args.batch_size, raw)
-        for request, (text, count) in zip(requests, texts, strict=True):
-            row = {"prompt": request.prompt, "response": text}
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-            tokens += count
+    begin = time.perf_counter()
+    if args.output is None:
+        count = tokens = 0
+        for row, length in answer_rows(model, requests, args.batch_size, raw):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            count, tokens = count + 1, tokens + length
+    else:
+        settings = run_settings(args, model, params, raw)
+        prompts = [request.prompt for request in requests]
+        output = AnswersFile(pathlib.Path(args.output), settings, prompts)
+        count, tokens = write_answers(output, model, requests, args.batch_size, raw)
     seconds = time.perf_counter() - begin
     print(
-        f"{len(requests)} answers, {tokens} tokens in {seconds:.1f} s, compilation included: "
+        f"{count} answers, {tokens} tokens in {seconds:.1f} s, compilation included: "
         f"{tokens / seconds:.1f} tok/s",
         file=sys.stderr,
     )
