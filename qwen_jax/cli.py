@@ -40,10 +40,10 @@ _KINDS = {"INT": "a whole number", "FLOAT": "a number"}
 def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
     """Fills the dataclass `kind` from the command line; prints help or one line and exits 2."""
     argv = _switched(kind, sys.argv[1:] if argv is None else argv)
-    errors = io.StringIO()
+    errors, page = io.StringIO(), _Page()
     unknown: list[str] = []
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(page):
             parsed, unknown = tyro.cli(
                 kind, prog=_program(), args=argv, use_underscores=True, return_unknown_args=True
             )
@@ -52,9 +52,33 @@ def parse(kind: type[Args], argv: Sequence[str] | None = None) -> Args:
             # A misspelt flag is the likely reason for a missing one: it is named first.
             _refuse_unknown(kind, [word for word in argv if word.startswith("--")])
             _usage_error(_plain_message(_one_line(errors.getvalue()), kind, argv))
+        print(_without_none(page.getvalue()), end="")
         raise
     _refuse_unknown(kind, unknown)
     return parsed
+
+
+class _Page(io.StringIO):
+    """Help text; tyro asks its output for the encoding before it draws a box."""
+
+    def __init__(self):
+        self.encoding_of_terminal = getattr(sys.stdout, "encoding", None)
+        super().__init__()
+
+    @property
+    def encoding(self) -> str | None:
+        return self.encoding_of_terminal
+
+
+def _without_none(page: str) -> str:
+    """Blanks `{None}|` and `(default: None)`: the text of a flag says what unset means."""
+    page = re.sub(r"\{None\}\|(\S+)", r"\1       ", page)
+
+    def blank(match: re.Match[str]) -> str:
+        return re.sub(r"[^│\n]", " ", match[0])
+
+    page = re.sub(r"\(default:[ │\n]+None\)", blank, page)
+    return re.sub(r"(?m)^│ +│\n", "", page)
 
 
 def _program() -> str | None:
