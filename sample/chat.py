@@ -13,7 +13,7 @@ from qwen_jax import api, chatml
 from qwen_jax.cli import parse, run
 from qwen_jax.errors import InputError, did_you_mean
 from qwen_jax.sampling import SamplingParams
-from sample.generate import ModelFlags, open_model, sampling_params
+from sample.generate import ModelFlags, check_flags, open_model, sampling_params
 
 HELP = """/new, /clear   begin a new conversation
 /exit, /quit   leave (also Ctrl-D)
@@ -93,6 +93,7 @@ def converse(chat: Chat) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, argv)
+    check_flags(args)
     model = open_model(args)
     if model.defaults.chat_format == "raw":
         print("warning: a base model, not trained to chat; see sample.generate", file=sys.stderr)

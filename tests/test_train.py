@@ -284,6 +284,8 @@ def test_72b_trains_the_published_number_of_parameters(targets, expected):
 def test_misspelt_target_is_an_error_with_the_right_name():
     with pytest.raises(InputError, match=r"'attn.cproj'.*did you mean 'attn.c_proj'"):
         count_trainable(tiny_config(), LoraConfig(targets=("c_attn", "attn.cproj")))
+    with pytest.raises(InputError, match=r"'q_proj'.*this model calls it 'c_attn'"):
+        count_trainable(tiny_config(), LoraConfig(targets=("q_proj", "v_proj")))
 
 
 @pytest.fixture(scope="module")

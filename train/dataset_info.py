@@ -154,7 +154,7 @@ def _files(entry: dict, where: str, folder: Path) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        beside = [p.name for p in folder.iterdir()]
+        beside = [p.name for p in folder.iterdir() if p.exists()]
         raise InputError(f"{where}: no file {name!r} in {folder}{did_you_mean(name, beside)}")
     files = tuple(sorted(p for p in path.iterdir() if not p.name.startswith(".")))
     if not files:

@@ -11,6 +11,7 @@ arithmetic on the step, and everything else that changes is in the state.
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from qwen_jax.adapters import abstract_lora, describe_trainable, init_lora, save
 from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
 from qwen_jax.params import tree_bytes
-from qwen_jax.sharding import make_mesh, parse_mesh
+from qwen_jax.sharding import check_tensor_axis, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
 from train.arguments import Args, check
 from train.base import load_base
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume_from = find_start(args)
 
     manifest = load_manifest(args.model_name_or_path)
+    cfg = manifest.config
+    check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
     model = ModelPlan.make(args, manifest)
-    print(describe_trainable(manifest.config, model.lora))
+    print(describe_trainable(cfg, model.lora))
     if args.overwrite_cache:
         print("overwrite_cache: nothing to do, tokenized data is not cached")
     tokenizer = Tokenizer.from_dir(args.model_name_or_path)
@@ -119,11 +122,12 @@ def train(
             done = step + 1
             report.add(done, metrics, int(batch["lengths"].sum()))
             if interrupted or save_due(args, plan, done):
+                report.check()
                 save_checkpoint(folder, state, settings, save_adapter)
             if interrupted and done < plan.total:
                 print(f"stopped after step {done}; to go on from {folder}/checkpoint-{done}, run "
                       "the same command without --overwrite_output_dir")  # fmt: skip
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if interrupted[0] == signal.SIGINT else SystemExit(143)
 
     save_adapter(folder, lora=state.lora)
     print(f"adapter saved in {folder}")
@@ -169,19 +173,24 @@ def save_due(args: Args, plan: Plan, done: int) -> bool:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Yields a list that the first Ctrl-C makes non-empty; the second one stops at once."""
+    """Yields a list that gets the number of the first SIGINT or SIGTERM; the second ends it now."""
     seen: list[int] = []
+    before: dict[int, Any] = {}
 
     def on_signal(number, frame):
         seen.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("stopping after this step (Ctrl-C again: at once, without saving)", flush=True)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"stopping after this step (again: at once, without saving)\n")
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, on_signal)
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,14 @@ def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
 def find_start(args: Args) -> pathlib.Path | None:
     """The checkpoint to go on from, if any."""
     folder = pathlib.Path(args.output_dir)
+    _check_writable(folder)
     if args.resume_from_checkpoint:
         chosen = pathlib.Path(args.resume_from_checkpoint)
         if chosen.resolve() not in [p.resolve() for p in checkpoints(chosen.parent)]:
-            raise InputError(f"--resume_from_checkpoint {chosen} is not a complete checkpoint-N")
+            raise InputError(
+                f"--resume_from_checkpoint {chosen} is not a complete checkpoint: expected a "
+                "folder such as OUT/checkpoint-500"
+            )
         return chosen
     if args.overwrite_output_dir:
         return None
@@ -49,6 +53,15 @@ def find_start(args: Args) -> pathlib.Path | None:
             "--overwrite_output_dir"
         )
     return next(reversed(checkpoints(folder)), None)
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+    """Found out now and not after the data is read: nothing is made yet."""
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise InputError(f"--output_dir {folder}: {above} is not a folder; name another")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {folder}: {above} may not be written; name another")
 
 
 def prepare_output(args: Args, start: pathlib.Path | None) -> pathlib.Path:
@@ -76,12 +89,15 @@ def save_checkpoint(
     target = folder / f"checkpoint-{int(state.step)}"
     staging = folder / f".{target.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((staging / "state").absolute(), _stored(state))
-    save_adapter(staging, lora=state.lora)
-    write_json(staging / "run.json", settings)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staging, target)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((staging / "state").resolve(), _stored(state))
+        save_adapter(staging, lora=state.lora)
+        write_json(staging / "run.json", settings)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     sync_folder(folder)
 
 
@@ -96,7 +112,7 @@ def load_state(checkpoint: pathlib.Path, abstract: TrainState, settings: dict) -
             "with --overwrite_output_dir"
         )
     with ocp.StandardCheckpointer() as checkpointer:
-        kept = checkpointer.restore((checkpoint / "state").absolute(), _stored(abstract))
+        kept = checkpointer.restore((checkpoint / "state").resolve(), _stored(abstract))
     lora = abstract.lora.replace(weights=kept["lora"])
     return TrainState(step=kept["step"], lora=lora, opt_state=_unflat(abstract, kept["moments"]))
 
