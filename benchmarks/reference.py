@@ -40,15 +40,16 @@ def logits(model: torch.nn.Module, ids: list[int]) -> np.ndarray:  # float32 [T,
 @torch.no_grad()
 def greedy(model: torch.nn.Module, ids: list[int], count: int) -> tuple[list[int], list[float]]:
     """`count` likeliest tokens in a row, and how far each lies above the second best."""
-    out = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        generation_config=transformers.GenerationConfig(
-            do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
-        ),
+    config = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
     )
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    out = model.generate(torch.tensor([ids]), attention_mask=mask, generation_config=config)
     best = [step[0].topk(2).values for step in out.logits]
     return out.sequences[0, len(ids) :].tolist(), [float(two[0] - two[1]) for two in best]
 
