@@ -21,18 +21,17 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, append
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.low_rank import expand, shrink
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.remat import DOWN, GATE, LOW, QKV, RESIDUAL, UP, WEIGHT, WO, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
 
 # Dynamic NTK has one frequency row for each doubling of the context; 16 doublings are plenty.
 _NTK_ROWS = 16
-
-# What a layer can keep for its backward pass, by name (see `remat_policy`).
-SAVED_NAMES = ("qkv", "attention", "up", "gate", "residual")
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -93,30 +92,36 @@ def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
     return jnp.where(positions >= cfg.seq_length, factor, 1.0)[:, :, None, None]
 
 
-def linear(x: jax.Array, w: Weight, lora: dict[str, jax.Array] | None, scale: float) -> jax.Array:
-    """x [..., I] -> [..., *O]: the frozen weight, plus the low-rank correction if there is one."""
-    y = qmatmul(x, w)
-    if lora is None:
+def linear(
+    x: jax.Array,  # [..., I]
+    w: Weight,  # [*O, I]
+    low_rank: dict[str, jax.Array] | None,  # a [R, I], b [R, *O] in x's dtype
+    scale: float,
+    name: str,  # what remat calls the product with the frozen weight
+) -> jax.Array:  # [..., *O]
+    """The frozen weight, plus the low-rank correction if there is one.
+
+    What a layer keeps for its backward pass is the bare product: the correction is cheap to make
+    again from R values a token, and the GEMM can then write to where the product is kept.
+    """
+    y = checkpoint_name(qmatmul(x, w), name)
+    if low_rank is None:
         return y
-    # a [R, I], b [*O, R]; two small GEMMs in the compute dtype.
-    low = jnp.einsum("...i,ri->...r", x, lora["a"].astype(x.dtype))
-    b = lora["b"].astype(x.dtype)
-    up = jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
-    return y + up * scale
+    low = checkpoint_name(shrink(x, low_rank["a"]) * scale, LOW)
+    return y + expand(low, low_rank["b"])
 
 
 def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale), "up")
-        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale), "gate")
-        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale)
+        up = linear(x, w["up"], lora.get("up"), scale, UP)
+        gate = linear(x, w["gate"], lora.get("gate"), scale, GATE)
+        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale, DOWN)
 
 
 def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale) + w["bqkv"]  # [B, T, 3, N, H]
-    qkv = checkpoint_name(qkv, "qkv")
+    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale, QKV) + w["bqkv"]  # [B, T, 3, N, H]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -126,8 +131,7 @@ def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Ar
 
 def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    x = checkpoint_name(x, "attention").reshape(*x.shape[:2], -1)
-    return linear(x, w["wo"], lora.get("wo"), scale)
+    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale, WO)
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -147,10 +151,27 @@ def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
     return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
 
 
-def _lora_layers(lora: Lora | None) -> tuple[Params, float]:
+def _layer_weights(layers: Params, index: jax.Array) -> Params:
+    """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
+    layers would first be copied out of the stacks, gigabytes of it."""
+
+    def one(stack: jax.Array) -> jax.Array:
+        w = jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+        return checkpoint_name(w, WEIGHT)
+
+    return jax.tree.map(one, layers)
+
+
+def _lora_layers(lora: Lora | None, dtype: jnp.dtype) -> tuple[Params, float]:
+    """The stacks in the compute dtype, b as [L, R, *O] with its outputs contiguous: cast and turned
+    once for all layers, not in each."""
     if lora is None:
         return {}, 0.0
-    return lora.weights.get("layers", {}), lora.scale
+    layers = jax.tree.map(lambda x: x.astype(dtype), lora.weights.get("layers", {}))
+    for block in layers.values():
+        for pair in block.values():
+            pair["b"] = jnp.moveaxis(pair["b"], -1, 1)
+    return layers, lora.scale
 
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -178,7 +199,7 @@ def decoder_layer(cfg, x, w, low, scale, angles, logn, attend):
     q, k, v = project_qkv(cfg, y, w["attn"], low_attn, scale, angles, logn)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)
-    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), "residual")
+    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), RESIDUAL)
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
     return x + mlp_block(y, w["mlp"], low_mlp, scale), kept
 
@@ -192,7 +213,7 @@ def hidden_states(
     positions: jax.Array | None = None,  # int32 [B, T]; default 0..T-1
     segments: jax.Array | None = None,  # int32 [B, T]: packed sequences do not see each other
     lengths: jax.Array | None = None,  # int32 [B]: inference with dynamic NTK and logn
-    remat: str = "none",
+    remat: Remat | None = None,  # what the backward pass keeps; None: no gradient is wanted
     mesh: Mesh | None = None,
 ) -> jax.Array:  # [B, T, D], after the final norm
     """The decoder without a cache: training, or (given prompt `lengths`) scoring.
@@ -206,30 +227,24 @@ def hidden_states(
     ntk = jnp.zeros((B,), jnp.int32) if lengths is None else ntk_row(cfg, lengths)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
-    lora_layers, scale = _lora_layers(lora)
+    lora_layers, scale = _lora_layers(lora, params["wte"].dtype)
     gather = _gather(cfg, params["layers"], mesh)
 
     def attend(q, k, v):
         return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None
 
-    def layer(x, weights):
-        w, low = weights
-        return decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
+    def layer(x, per_layer):
+        index, low = per_layer
+        w = gather(_layer_weights(params["layers"], index))
+        return decoder_layer(cfg, x, w, low, scale, angles, logn, attend)
 
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
     x = embed(params, tokens, mesh)
-    x, _ = jax.lax.scan(layer, x, (params["layers"], lora_layers))
+    runs = [(0, cfg.num_layers, None)] if remat is None else remat.ranges()
+    for start, stop, level in runs:
+        body = layer if level is None else checkpointed(layer, level)
+        low = jax.tree.map(lambda x, run=slice(start, stop): x[run], lora_layers)
+        x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
-
-
-def remat_policy(remat: str):
-    """What a rematerialized layer keeps: `full` nothing, `selective` every GEMM's output."""
-    if remat == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    if remat == "selective":
-        return jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-    raise ValueError(f"remat {remat!r}: expected full, selective or none")
 
 
 def forward(
@@ -255,7 +270,7 @@ def forward(
     positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
-    lora_layers, scale = _lora_layers(lora)
+    lora_layers, scale = _lora_layers(lora, params["wte"].dtype)
     gather = _gather(cfg, params["layers"], mesh)
 
     def layer(carry, weights):

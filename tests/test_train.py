@@ -30,6 +30,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train import lora as program
 from train import loss as loss_file
@@ -61,6 +62,7 @@ def random_batch(cfg, shape, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "remat", "mesh"))
 def jitted(cfg, params, lora, batch, remat="full", mesh=None):
+    remat = Remat.parse(remat, cfg.num_layers)
     return loss_and_grads(cfg, params, lora, batch, remat=remat, mesh=mesh)
 
 
@@ -139,7 +141,7 @@ def torch_loss_and_grads(cfg, weights, lora, tokens, mask):
     return loss.item(), grads
 
 
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize("remat", ["none", "selective", "attention", "full", "selective:1,full:2"])
 def test_lora_gradients_match_torch(remat):
     cfg = tiny_config()
     weights, lora = random_weights(cfg), random_lora(cfg)
@@ -251,7 +253,15 @@ def test_compiled_step_learns_and_compiles_once():
     state = init_state(optimizer, init_lora(cfg, ALL, jax.random.key(0), mesh), mesh)
     moment = state.opt_state[1][0].mu.weights["layers"]["mlp"]["up"]["b"]
     assert moment.sharding == state.lora.weights["layers"]["mlp"]["up"]["b"].sharding
-    step = compile_step(cfg, optimizer, schedule, state, params, remat="full", mesh=mesh)
+    step = compile_step(
+        cfg,
+        optimizer,
+        schedule,
+        state,
+        params,
+        remat=Remat.parse("full", cfg.num_layers),
+        mesh=mesh,
+    )
     batch, losses = random_batch(cfg, (2, 4, 32)), []
     for _ in range(6):
         old = state

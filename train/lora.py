@@ -44,6 +44,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import read_json_object, sync_folder, write_json
 from qwen_jax.params import abstract_params, param_table, tree_bytes
 from qwen_jax.quant import QuantFormat, quantize
+from qwen_jax.remat import Remat
 from qwen_jax.sharding import describe_mesh, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
 from train.data import BatchPlan, batches, load_dataset
@@ -101,7 +102,7 @@ class Args:
     cutoff_len: int = 2048
     max_samples: int | None = None
     seed: int = 42
-    remat: str = "full"  # what a layer recomputes in the backward pass: full, selective, none
+    remat: str = "full"  # full, attention, selective, none, or e.g. selective:44,full:36
 
 
 def check(args: Args) -> None:
@@ -112,7 +113,6 @@ def check(args: Args) -> None:
         ("template", TEMPLATES),
         ("save_strategy", ("steps", "epoch", "no")),
         ("quantization_bit", (None, *KINDS)),
-        ("remat", ("full", "selective", "none")),
         ("do_train", (True,)),
     ):
         value = getattr(args, flag)
@@ -295,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,
         targets=tuple(name.strip() for name in args.lora_target.split(",") if name.strip()),
     )
+    remat = Remat.parse(args.remat, cfg.num_layers)
     print(describe_trainable(cfg, lora_cfg))
     if args.overwrite_cache:
         print("overwrite_cache: nothing to do, tokenized data is not cached")
@@ -365,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         params = quantize_params(cfg, params, quantize_to, mesh)
     print(f"base {tree_bytes(params) / 1e9:.2f} GB over {mesh.size} devices", flush=True)
 
-    step_fn = compile_step(cfg, optimizer, schedule, state, params, remat=args.remat, mesh=mesh)
+    step_fn = compile_step(cfg, optimizer, schedule, state, params, remat=remat, mesh=mesh)
     report = Report(
         folder,
         start=first,

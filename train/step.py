@@ -21,6 +21,7 @@ from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, did_you_mean
 from qwen_jax.model import hidden_states
+from qwen_jax.remat import Remat
 from qwen_jax.sharding import batch_spec, replicated
 from train.loss import next_token_loss
 
@@ -123,7 +124,7 @@ def loss_and_grads(
     lora: Lora,
     batch: dict[str, jax.Array],  # tokens int32, loss_mask bool [A, B, T]
     *,
-    remat: str = "full",
+    remat: Remat,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, Lora, jax.Array]:  # float32 [], float32 tree, int32 []
     """Mean loss over the trained tokens of all micro batches, its gradient, and their count."""
@@ -157,7 +158,7 @@ def train_step(
     params: dict[str, Any],
     batch: dict[str, jax.Array],  # tokens int32, loss_mask bool [A, B, T]
     *,
-    remat: str = "full",
+    remat: Remat,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Metrics: loss (of the weights before the step), grad_norm (before clipping), lr, tokens."""
@@ -186,7 +187,7 @@ def compile_step(
     state: TrainState,
     params: dict[str, Any],
     *,
-    remat: str,
+    remat: Remat,
     mesh: Mesh,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step as one program (state, params, batch) -> state, metrics; the old state is given up.

@@ -10,6 +10,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax.remat import ATTENTION
 
 # Queries handled at once by the reference: bounds the [T, S] scores at 128 * S a head.
 QUERY_CHUNK = 128
@@ -35,7 +38,7 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     if chosen != "xla":
         raise ValueError(f"attention implementation {chosen!r}: expected 'xla' or 'cudnn'")
-    return attention_xla(q, k, v, q_index, segments)
+    return checkpoint_name(attention_xla(q, k, v, q_index, segments), ATTENTION)
 
 
 def _choose(q: jax.Array, flash_possible: bool) -> str:
