@@ -148,11 +148,8 @@ def expected(model: torch.nn.Module, tokenizer: Tokenizer) -> Expected:
         for question in QUESTIONS.values()
     ]
     logits = [reference.logits(model, ids) for ids in progress(texts + prompts, "transformers")]
-    greedy, margins = [], []
-    for prompt in progress(prompts, "transformers, greedy"):
-        ids, margin = reference.greedy(model, prompt, GREEDY_TOKENS)
-        greedy.append(ids)
-        margins.append(margin)
+    print(f"transformers: {GREEDY_TOKENS} greedy tokens for each question", flush=True)
+    greedy, margins = reference.greedy(model, prompts, GREEDY_TOKENS)
     return Expected(texts, prompts, logits, greedy, margins)
 
 

@@ -38,20 +38,20 @@ def logits(model: torch.nn.Module, ids: list[int]) -> np.ndarray:  # float32 [T,
 
 
 @torch.no_grad()
-def greedy(model: torch.nn.Module, ids: list[int], count: int) -> tuple[list[int], list[float]]:
-    """`count` likeliest tokens in a row, and how far each lies above the second best."""
-    config = transformers.GenerationConfig(
-        do_sample=False,
-        max_new_tokens=count,
-        eos_token_id=None,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
+def greedy(
+    model: torch.nn.Module, prompts: list[list[int]], count: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """For each prompt `count` likeliest tokens in a row, and how far each lies above the next."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    settings = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
     )
-    mask = torch.ones(1, len(ids), dtype=torch.long)
-    out = model.generate(torch.tensor([ids]), attention_mask=mask, generation_config=config)
-    best = [step[0].topk(2).values for step in out.logits]
-    return out.sequences[0, len(ids) :].tolist(), [float(two[0] - two[1]) for two in best]
+    settings.output_logits = settings.return_dict_in_generate = True
+    out = model.generate(tokens, attention_mask=mask, generation_config=settings)
+    best = torch.stack(out.logits, dim=1).topk(2).values  # [B, count, 2]
+    return out.sequences[:, longest:].tolist(), (best[..., 0] - best[..., 1]).tolist()
 
 
 def dequantized(
