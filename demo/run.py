@@ -92,9 +92,9 @@ def main(folder: pathlib.Path) -> None:
         "The base stays frozen in 4 bits; its adapter learns 30 short dialogues by heart.",
         "train.lora", "--model_name_or_path", checkpoint, "--dataset", DATASETS,
         "--dataset_dir", DATA, "--output_dir", adapter, "--mesh", "8", "--lora_rank", "16",
-        "--lora_target", "all", "--per_device_train_batch_size", "1", "--num_train_epochs", "40",
-        "--learning_rate", "1e-2", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.05",
-        "--logging_steps", "20", "--save_strategy", "no", "--cutoff_len", "64",
+        "--lora_target", "all", "--per_device_train_batch_size", "1", "--num_train_epochs", "30",
+        "--learning_rate", "1.5e-2", "--lr_scheduler_type", "cosine", "--warmup_ratio", "0.1",
+        "--logging_steps", "10", "--save_strategy", "no", "--cutoff_len", "64",
     )  # fmt: skip
     pairs = trained_pairs()
     questions = folder / "questions.jsonl"
