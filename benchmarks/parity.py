@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -120,9 +119,9 @@ def leading_equal(ours: Sequence[int], theirs: Sequence[int]) -> int:
 
 
 def agreement(ours: Sequence[int], theirs: Sequence[int], margins: Sequence[float]) -> str:
-    """'64', or '17 (0.02)': equal tokens, and the reference's margin where they part."""
+    """'64', or '17 (0.021)': equal tokens, and the reference's margin where they part."""
     count = leading_equal(ours, theirs)
-    return str(count) if count == len(theirs) else f"{count} ({margins[count]:.2f})"
+    return str(count) if count == len(theirs) else f"{count} ({margins[count]:.2g})"
 
 
 def folder_bytes(folder: pathlib.Path) -> int:
@@ -147,14 +146,10 @@ def expected(model: torch.nn.Module, tokenizer: Tokenizer) -> Expected:
         chatml.encode_prompt(tokenizer, [chatml.Turn("user", question)])
         for question in QUESTIONS.values()
     ]
-    logits = [reference.logits(model, ids) for ids in progress(texts + prompts, "transformers")]
+    logits = [reference.logits(model, ids) for ids in tqdm.tqdm(texts + prompts, "transformers")]
     print(f"transformers: {GREEDY_TOKENS} greedy tokens for each question", flush=True)
     greedy, margins = reference.greedy(model, prompts, GREEDY_TOKENS)
     return Expected(texts, prompts, logits, greedy, margins)
-
-
-def progress(items: Sequence[Any], what: str) -> tqdm.tqdm:
-    return tqdm.tqdm(items, desc=what)
 
 
 def mean_loss(logits: Sequence[np.ndarray], texts: Sequence[Sequence[int]]) -> float:
@@ -175,7 +170,7 @@ def convert(args: Args, name: str, quantize: str, dtype: str) -> pathlib.Path:
 def put_dequantized(model: torch.nn.Module, checkpoint: pathlib.Path) -> None:
     """Gives the torch model the linear weights that a quantized checkpoint stands for."""
     stored = StoredParams(checkpoint)
-    for spec in progress(param_table(stored.manifest.config), "dequantized into transformers"):
+    for spec in tqdm.tqdm(param_table(stored.manifest.config), "dequantized into transformers"):
         for layer in range(spec.layers if spec.role == "linear" else 0):
             q = stored.read(spec, layer)
             weight = reference.dequantized(q.kind, q.data, q.scale, q.scale_absmax, q.scale_offset)
@@ -192,7 +187,7 @@ def measure(
     if quantized:
         put_dequantized(model, checkpoint)
     difference, rest, losses = Difference(), Difference(), []
-    for index, ids in enumerate(progress(want.texts + want.prompts, name)):
+    for index, ids in enumerate(tqdm.tqdm(want.texts + want.prompts, name)):
         logits = np.asarray(ours.logits([ids])[0])
         difference.add(logits, want.logits[index])
         if index < len(want.texts):
@@ -251,6 +246,7 @@ def compare_adapter(
     renamed = args.work / "adapter-qwen2"
     reference.write_qwen2_adapter(adapter, renamed)
     model = reference.load_qwen2(args.qwen2)
+    reference.expand_key_value_heads(model)
     before = reference.logits(model, ids)
     theirs = reference.logits(peft.PeftModel.from_pretrained(model, renamed), ids)
     effect, difference = Difference(), Difference()
@@ -277,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe_machine())
     model = reference.load_qwen2(args.qwen2)
     want = expected(model, Tokenizer.from_dir(args.qwen1))
+    reference.expand_key_value_heads(model)
     loss = mean_loss(want.logits[: len(want.texts)], want.texts)
     rows = [("transformers", "float32", *[""] * 5, f"{loss:.4f}", f"{math.exp(loss):.3f}", "")]
     for name, quantize, dtype, compute in FORMATS:

@@ -78,6 +78,25 @@ def dequantized(
 
 
 @torch.no_grad()
+def expand_key_value_heads(model: transformers.Qwen2ForCausalLM) -> None:
+    """Gives every query head keys and values of its own, in place; the logits stay the same.
+
+    The original Qwen has no grouped queries: weights or adapters of its k and v fit only then.
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        groups, attention.num_key_value_groups = attention.num_key_value_groups, 1
+        for name in ("k_proj", "v_proj"):
+            old = getattr(attention, name)
+            new = torch.nn.Linear(old.in_features, old.out_features * groups)
+            for kind in ("weight", "bias"):
+                heads = getattr(old, kind).unflatten(0, (-1, attention.head_dim))
+                getattr(new, kind).copy_(heads.repeat_interleave(groups, dim=0).flatten(0, 1))
+            setattr(attention, name, new)
+    model.config.num_key_value_heads = model.config.num_attention_heads
+
+
+@torch.no_grad()
 def replace_weight(
     model: torch.nn.Module,
     layer: int,

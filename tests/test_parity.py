@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny import tiny_config
 from torch_reference import qwen2_model, random_weights
 
@@ -88,3 +89,24 @@ def test_a_replaced_weight_lands_where_the_mapping_says():
     for name, tensor in expected.named_parameters():
         if "_proj.weight" in name:
             assert torch.equal(model.get_parameter(name), tensor), name
+
+
+def test_expanded_key_value_heads_change_no_logits():
+    config = transformers.Qwen2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = list(range(40))
+    before = reference.logits(model, ids)
+    reference.expand_key_value_heads(model)
+    assert model.model.layers[1].self_attn.k_proj.weight.shape == (64, 64)
+    np.testing.assert_allclose(reference.logits(model, ids), before, atol=1e-5)
+    greedy, margins = reference.greedy(model, [ids[:3], ids[:9]], 5)
+    alone, _ = reference.greedy(model, [ids[:3]], 5)
+    assert greedy[0] == alone[0] and len(margins[1]) == 5  # its padding is not seen
+    following = [ids[:9] + greedy[1][:n] for n in range(5)]
+    assert greedy[1] == [int(reference.logits(model, row)[-1].argmax()) for row in following]
