@@ -4,6 +4,8 @@ Rows are right-padded: slot s of row b holds position s. Slots past a row's leng
 that no query sees and that later tokens overwrite. It knows nothing of weights or sampling.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -41,16 +43,17 @@ def abstract_cache(
     return KVCache(k=kv, v=kv, lengths=rows, ntk=rows)
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def init_cache(
     cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens."""
     abstract = abstract_cache(cfg, batch, capacity, dtype, mesh)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
-        out_shardings=None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract),
-    )
-    return make()
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    if mesh is None:
+        return cache
+    layouts = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.lax.with_sharding_constraint(cache, layouts)
 
 
 def append(

@@ -21,6 +21,7 @@ ORDER = [
     "sampling",
     "generation_config",
     "engine",
+    "slots",
     "api",
     "cli",
 ]
