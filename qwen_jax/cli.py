@@ -59,7 +59,8 @@ def _one_line(box: str) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program's main: an InputError is one line and exit 1, Ctrl-C is exit 130."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # force: a library that logs while it is imported has set the root up already.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:

@@ -23,6 +23,9 @@ _Empty = Annotated[list, Field(max_length=0)] | Annotated[dict, Field(max_length
 _Stop = Annotated[str, StringConstraints(min_length=1)]
 
 
+_TYPES = ("str", "int")
+
+
 class ApiError(Exception):
     """Becomes a response with this HTTP status and OpenAI's error object."""
 
@@ -146,9 +149,11 @@ def _explain(kind: type[BaseModel], error: pydantic.ValidationError) -> ApiError
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"]]
     if not place:
-        return ApiError(400, f"the body is not a JSON object: {first['msg']}")
-    # Members of a union ("constrained-str", "list[int]") stand in the path; a user knows fields.
-    path = ".".join(part for part in place if part.isidentifier() or part.isdigit())
+        return ApiError(400, f"the body is no JSON object: {first['msg']}")
+    # Members of a union ("str", "list[int]") stand in the path; a user knows fields.
+    path = ".".join(
+        part for part in place if part.isdigit() or (part.isidentifier() and part not in _TYPES)
+    )
     field, value = place[0], json.dumps(first["input"], default=str, ensure_ascii=False)
     value = value if len(value) <= 60 else value[:57] + "..."
     if first["type"] == "extra_forbidden":
