@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -59,15 +58,12 @@ class Served:
     api_key: str | None = None
 
 
-def create_app(
-    served: Served, scheduler: Scheduler, on_ready: Callable[[], None] = lambda: None
-) -> Starlette:
+def create_app(served: Served, scheduler: Scheduler) -> Starlette:
     """The ASGI application; it closes the scheduler when it ends."""
     routes = _Routes(served, scheduler)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app):
-        on_ready()
         yield
         await run_in_threadpool(scheduler.close)
 

@@ -145,8 +145,10 @@ def read_request(kind: type[Request], body: bytes) -> Request:
 
 
 def _explain(kind: type[BaseModel], error: pydantic.ValidationError) -> ApiError:
-    """The first fault: a union lists one for each of its members."""
-    first = error.errors(include_url=False)[0]
+    """The first field's fault: a union lists one for each of its members, most of no use."""
+    faults = error.errors(include_url=False)
+    faults = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
+    first = max(faults, key=lambda f: (not f["type"].endswith("_type"), len(f["loc"])))
     place = [str(part) for part in first["loc"]]
     if not place:
         return ApiError(400, f"the body is no JSON object: {first['msg']}")

@@ -125,19 +125,19 @@ def _serve(args: Args, bound: socket.socket, model: api.Model, context: int) -> 
     host = f"[{host}]" if ":" in host else host
 
     class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                print(f"serving {served.name} at http://{host}:{port}/v1", flush=True)
+
         async def shutdown(self, sockets=None) -> None:
             """What still runs after the grace is told so and ends; without this it is cut."""
             loop = asyncio.get_running_loop()
             loop.call_later(args.grace, loop.run_in_executor, None, scheduler.close)
             await super().shutdown(sockets)
 
-    app = create_app(
-        served,
-        scheduler,
-        lambda: print(f"serving {served.name} at http://{host}:{port}/v1", flush=True),
-    )
     config = uvicorn.Config(
-        app,
+        create_app(served, scheduler),
         log_level="warning",
         timeout_graceful_shutdown=int(args.grace) + 10,  # if a client does not read its answer
     )
