@@ -24,6 +24,7 @@ ORDER = [
     "slots",
     "api",
     "cli",
+    "nnx",
 ]
 PROGRAMS = ("convert", "train", "sample")
 
