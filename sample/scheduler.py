@@ -117,10 +117,13 @@ class Scheduler:
                 self._slots.drop(row)
 
     def _admit(self) -> None:
-        """Gives free rows to those who wait, first come, first served."""
-        while self._slots.free and not self._closing:
+        """Gives the rows that are free to those who wait, first come, first served.
+
+        No more than that before the next step, or short answers could keep long ones waiting.
+        """
+        for _ in range(self._slots.free):
             with self._changed:
-                if not self._waiting:
+                if self._closing or not self._waiting:
                     return
                 job = self._waiting.popleft()
             if job.cancelled:
