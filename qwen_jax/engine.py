@@ -85,6 +85,7 @@ class Engine:
         stop_ids: Collection[int] = frozenset(),
     ):
         self.cfg, self.params, self.lora, self.mesh = cfg, params, lora, mesh
+        self.cache_dtype = params["wte"].dtype
         self.n_vocab = cfg.vocab_size if n_vocab is None else n_vocab
         self.stop_ids = frozenset(stop_ids)
         if not 0 < self.n_vocab <= cfg.vocab_size:
@@ -139,7 +140,7 @@ class Engine:
         requests = self.requests(params, B)
         most = max(p.max_new_tokens for p in params)
         capacity = round_capacity(longest + min(most, FIRST_ROOM))
-        cache = init_cache(self.cfg, B, capacity, self.params["wte"].dtype, self.mesh)
+        cache = init_cache(self.cfg, B, capacity, self.cache_dtype, self.mesh)
         fixed = (self.cfg, self.mesh, self.n_vocab, self.params, self.lora, requests)
         state, block = prefill(*fixed, cache, tokens, counts)
         filled = longest

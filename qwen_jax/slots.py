@@ -85,8 +85,8 @@ class Slots:
         tokens, counts = engine.pad(engine.check([prompt]))
         B, T = tokens.shape
         requests = engine.requests([params], B)
-        cache = init_cache(engine.cfg, B, T, engine.params["wte"].dtype, engine.mesh)
-        state, block = prefill(*self._fixed(requests), cache, tokens, counts)
+        cache = init_cache(engine.cfg, B, T, engine.cache_dtype, engine.mesh)
+        state, block, *_ = prefill(*self._fixed(requests), cache, tokens, counts)
         number = min(set(range(self.most_rows)) - self._rows.keys())
         row = _Row(length=len(prompt), left=params.max_new_tokens)
         piece = self._piece(row, np.asarray(block)[0])
@@ -112,7 +112,7 @@ class Slots:
             mask[list(self._dropped)] = True
             self._state = self._state.replace(done=self._state.done | mask)
             self._dropped.clear()
-        self._state, block = decode(*self._fixed(self._requests), self._state)
+        self._state, block, *_ = decode(*self._fixed(self._requests), self._state)
         block = np.asarray(block)
         pieces = {number: self._piece(row, block[number]) for number, row in self._rows.items()}
         for number, piece in pieces.items():
@@ -159,12 +159,11 @@ class Slots:
             if length > old.cache.capacity:  # by doubling, so that it happens seldom
                 capacity = max(capacity, round_capacity(min(2 * old.cache.capacity, length + 1024)))
         B = max(self._B, padded_rows(1 << (rows - 1).bit_length(), engine.mesh))
-        V, dtype = engine.cfg.vocab_size, engine.params["wte"].dtype
         requests, self._requests = self._requests, engine.requests([], B)
         self._state = DecodeState(
-            cache=init_cache(engine.cfg, B, capacity, dtype, engine.mesh),
+            cache=init_cache(engine.cfg, B, capacity, engine.cache_dtype, engine.mesh),
             token=jnp.zeros(B, jnp.int32),
-            seen=jnp.zeros((B, V), bool),
+            seen=jnp.zeros((B, engine.cfg.vocab_size), bool),
             steps=jnp.zeros(B, jnp.int32),
             done=jnp.ones(B, bool),
         )
@@ -193,14 +192,12 @@ def _insert(
     def put(old: jax.Array, new: jax.Array) -> jax.Array:  # [B, ...], [B', ...]
         return old.at[rows].set(new, mode="drop")
 
-    def put_kv(old: jax.Array, new: jax.Array) -> jax.Array:  # [L, B, S, N, H]
+    def put_slots(old: jax.Array, new: jax.Array) -> jax.Array:  # [L, B, S, ...]
         return old.at[:, rows, :S].set(new[:, :, :S], mode="drop")
 
-    cache = state.cache.replace(
-        k=put_kv(state.cache.k, new.cache.k),
-        v=put_kv(state.cache.v, new.cache.v),
-        lengths=put(state.cache.lengths, new.cache.lengths),
-        ntk=put(state.cache.ntk, new.cache.ntk),
+    # Lengths and such are [B]; keys, values and their scales all begin with [L, B, S].
+    cache = jax.tree.map(
+        lambda old, new: (put if old.ndim == 1 else put_slots)(old, new), state.cache, new.cache
     )
     state = DecodeState(
         cache=cache,
