@@ -7,11 +7,13 @@ outgrows max_window_size loses its oldest turns, as in Qwen v1, and says so.
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass
 
 from qwen_jax import api, chatml
 from qwen_jax.cli import parse, run
+from qwen_jax.engine import BLOCK
 from qwen_jax.errors import InputError, did_you_mean
 from qwen_jax.sampling import SamplingParams
 from sample.answer_text import AnswerText
@@ -123,14 +125,21 @@ def converse(chat: Chat) -> None:
                 print(f"error: {error}", file=sys.stderr)
 
 
+def _warm_up(model: api.Model, params: SamplingParams) -> None:
+    """Compiles what a first short question needs, before it is asked; what is logged then stands
+    before the conversation and not in it."""
+    for _ in itertools.islice(model.engine.stream([0], params), BLOCK + 1):
+        pass
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, argv)
     model = open_model(args)
     if model.defaults.chat_format == "raw":
         print("warning: a base model, not trained to chat; see sample.generate", file=sys.stderr)
     chat = Chat(model, sampling_params(args, model), args.system)
-    _ = model.engine  # a missing tokenizer shows now, not after the first question
-    _ = model.tokenizer
+    _ = model.tokenizer  # a missing one shows now, not after the first question
+    _warm_up(model, chat.params)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives input() line editing)
