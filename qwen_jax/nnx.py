@@ -11,7 +11,8 @@
 
 The arrays are shared with the trees that were given, not copied. `nnx.LoRAParam` is a kind of
 `nnx.Param`: filter by `nnx.LoRAParam`, or by `nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`. It adds
-no computation of its own, and the trainer does not use it: see docs/architecture.md for why.
+no computation of its own. The trainer does not use it: plain trees need no filters, and calling a
+step on 80 layers costs 0.015 ms with them, 113 ms with a list of 80 Flax modules.
 """
 
 from typing import Any
