@@ -15,6 +15,7 @@ ORDER = [
     "kernels",
     "params",
     "adapters",
+    "memory",
     "cache",
     "model",
     "packed",
