@@ -51,7 +51,8 @@ class Chat:
                 print(text.push(token), end="", flush=True)
         except KeyboardInterrupt:
             interrupted = True
-        print(text.flush() + (" [interrupted]" if interrupted else ""), flush=True)
+        mark = (" " if ids else "") + "[interrupted]" if interrupted else ""
+        print(text.flush() + mark, flush=True)
         if ids or not interrupted:
             answer = chatml.decode_answer(tokenizer, ids)
             self.turns = [*turns, chatml.Turn("assistant", answer)]
@@ -89,11 +90,15 @@ def converse(chat: Chat) -> None:
                 chat.ask(line)
             except InputError as error:
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # before the answer began
+                print("[interrupted]")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, argv)
     check_flags(args)
+    if sys.stdin is None:
+        raise InputError("standard input is closed; questions come from a terminal or a pipe")
     model = open_model(args)
     if model.defaults.chat_format == "raw":
         print("warning: a base model, not trained to chat; see sample.generate", file=sys.stderr)
