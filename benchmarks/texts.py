@@ -56,6 +56,8 @@ see it happen twice. Margaret wrote to a university, received a polite reply, an
 a table of all the dates. This time two young scientists came out at low tide, missed the moment to
 go back, and had to spend the night on the floor beside the books. By the morning they had stopped
 being polite and had started to argue, which she took as an excellent sign.
+Before they left they asked how long she meant to stay, and she answered that there were still a
+hundred and four years to copy.
 """
 
 CODE = '''\

@@ -15,16 +15,20 @@ ORDER = [
     "kernels",
     "params",
     "adapters",
+    "memory",
     "cache",
     "model",
+    "packed",
     "checkpoint",
     "tokenizer",
     "chatml",
     "sampling",
     "generation_config",
     "engine",
+    "slots",
     "api",
     "cli",
+    "nnx",
 ]
 PROGRAMS = ("convert", "train", "sample")
 

@@ -4,57 +4,18 @@ The files that `save_peft` wrote are the only thing PEFT gets. Qwen2 has other m
 copy of the adapter is renamed: c_attn is q, k and v, each with the one A and its third of B.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
-import safetensors.numpy
 import torch
 from tiny import tiny_config, to_params
 from torch_reference import qwen2_model, random_weights
 
+from benchmarks.reference import QWEN2_MODULES, write_qwen2_adapter
 from qwen_jax import model
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
-
-FINGERPRINT = "f" * 64
-NAMES = {
-    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attn.c_proj": ("self_attn.o_proj",),
-    "mlp.w1": ("mlp.up_proj",),
-    "mlp.w2": ("mlp.gate_proj",),
-    "mlp.c_proj": ("mlp.down_proj",),
-}
-
-
-def to_qwen2_adapter(source, target):
-    """Copies a PEFT folder for Qwen v1 into one for Qwen2; every tensor must find its place."""
-    tensors = safetensors.numpy.load_file(source / "adapter_model.safetensors")
-    renamed, modules = {}, set()
-    for name, tensor in tensors.items():
-        prefix, layer, module, side = parse_name(name)
-        names = NAMES[module]
-        parts = np.split(tensor, len(names)) if side == "lora_B" else [tensor] * len(names)
-        for theirs, part in zip(names, parts, strict=True):
-            key = f"{prefix}.model.layers.{layer}.{theirs}.{side}.weight"
-            renamed[key] = np.ascontiguousarray(part)
-            modules.add(theirs.rpartition(".")[2])
-    config = json.loads((source / "adapter_config.json").read_text())
-    config["target_modules"] = sorted(modules)
-    target.mkdir()
-    (target / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(renamed, target / "adapter_model.safetensors", {"format": "pt"})
-
-
-def parse_name(name):
-    """base_model.model.transformer.h.3.mlp.w1.lora_A.weight -> its prefix, 3, mlp.w1, lora_A."""
-    prefix, _, rest = name.partition(".transformer.h.")
-    layer, _, rest = rest.partition(".")
-    module, side, kind = rest.rsplit(".", 2)
-    assert (prefix, kind) == ("base_model.model", "weight")
-    return prefix, layer, module, side
 
 
 @pytest.mark.parametrize(
@@ -79,8 +40,8 @@ def test_peft_on_qwen2_gives_the_logits_of_our_adapter(lora_cfg, tmp_path):
     ours = np.asarray(model.logits(cfg, params, lora, ids))
 
     saved, renamed = tmp_path / "saved", tmp_path / "renamed"
-    save_peft(saved, cfg, lora_cfg, lora, base_name="tiny", fingerprint=FINGERPRINT)
-    to_qwen2_adapter(saved, renamed)
+    save_peft(saved, cfg, lora_cfg, lora, base_name="tiny", fingerprint="f" * 64)
+    write_qwen2_adapter(saved, renamed)
     base = qwen2_model(cfg, weights)
     with torch.no_grad():
         before = base(torch.tensor(ids).long()).logits.numpy()
@@ -95,7 +56,7 @@ def target_modules(lora_cfg):
     """The last names of the Qwen2 modules that a config of ours trains."""
     chosen = [
         theirs
-        for ours, names in NAMES.items()
+        for ours, names in QWEN2_MODULES.items()
         for theirs in names
         if "all" in lora_cfg.targets
         or ours in lora_cfg.targets

@@ -1,6 +1,5 @@
-"""Chat and generate on bad adapters and prompts, and when somebody presses Ctrl-C."""
+"""Chat and generate on bad adapters, bad prompts, and without anybody who reads or writes."""
 
-import io
 import os
 import shutil
 import sys
@@ -10,11 +9,9 @@ import pytest
 import safetensors.numpy
 from programs import change_bytes, copied, make_home, replace, stopped
 
-from qwen_jax import api
 from qwen_jax.adapters import ADAPTER_WEIGHTS
 from qwen_jax.cli import run
-from qwen_jax.sampling import SamplingParams
-from sample import chat, generate
+from sample import generate
 
 
 @pytest.fixture(scope="module")
@@ -121,58 +118,6 @@ def test_a_reader_that_leaves_is_no_error(home, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run(lambda: generate.main(argv))
     assert stop.value.code == 141 and capsys.readouterr().err == ""
-
-
-@pytest.fixture
-def talk(home, monkeypatch):
-    """A chat whose answers are what `stream` yields."""
-
-    def start(stream):
-        model = api.load(home / "ckpt")
-        monkeypatch.setattr(model.engine, "stream", lambda prompt, params: stream(model.tokenizer))
-        return chat.Chat(model, SamplingParams(greedy=True), "Be brief.")
-
-    return start
-
-
-def test_ctrl_c_ends_the_answer_and_not_the_chat(talk, monkeypatch, capsys):
-    def stream(tokenizer):
-        yield from tokenizer.encode("你好 world")
-        raise KeyboardInterrupt
-
-    conversation = talk(stream)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n/new\nhi\n"))
-    chat.converse(conversation)
-    said = capsys.readouterr().out
-    assert said == "你好 world [interrupted]\n(new conversation)\n你好 world [interrupted]\n"
-    assert [turn.content for turn in conversation.turns] == ["hi", "你好 world"]
-
-
-def test_ctrl_c_before_the_answer_forgets_the_question(talk, monkeypatch, capsys):
-    def stream(tokenizer):
-        raise KeyboardInterrupt
-
-    conversation = talk(stream)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n/nw\n/exit\nnever read\n"))
-    chat.converse(conversation)
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
-        "[interrupted]",
-        "unknown command /nw; did you mean '/new'? (/help lists them)",
-    ]
-    assert conversation.turns == []
-
-
-def test_ctrl_c_at_the_prompt_and_the_end_of_input_leave_the_chat(talk, monkeypatch):
-    conversation = talk(lambda tokenizer: iter(()))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    chat.converse(conversation)
-
-    def interrupt(prompt):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("builtins.input", interrupt)
-    chat.converse(conversation)
 
 
 def test_a_chat_without_input_is_refused(home, monkeypatch, capsys):

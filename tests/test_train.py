@@ -38,6 +38,7 @@ from train.base import quantize_params
 from train.loss import next_token_loss
 from train.report import Report
 from train.step import (
+    Compute,
     compile_step,
     init_state,
     loss_and_grads,
@@ -63,8 +64,8 @@ def random_batch(cfg, shape, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "remat", "mesh"))
 def jitted(cfg, params, lora, batch, remat="full", mesh=None):
-    remat = Remat.parse(remat, cfg.num_layers)
-    return loss_and_grads(cfg, params, lora, batch, remat=remat, mesh=mesh)
+    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
+    return loss_and_grads(cfg, params, lora, batch, compute)
 
 
 def random_lora(cfg, lora_cfg=ALL, seed=0):
@@ -254,15 +255,8 @@ def test_compiled_step_learns_and_compiles_once():
     state = init_state(optimizer, init_lora(cfg, ALL, jax.random.key(0), mesh), mesh)
     moment = state.opt_state[1][0].mu.weights["layers"]["mlp"]["up"]["b"]
     assert moment.sharding == state.lora.weights["layers"]["mlp"]["up"]["b"].sharding
-    step = compile_step(
-        cfg,
-        optimizer,
-        schedule,
-        state,
-        params,
-        remat=Remat.parse("full", cfg.num_layers),
-        mesh=mesh,
-    )
+    compute = Compute(remat=Remat.parse("full", cfg.num_layers), mesh=mesh)
+    step = compile_step(cfg, optimizer, schedule, state, params, compute)
     batch, losses = random_batch(cfg, (2, 4, 32)), []
     for _ in range(6):
         old = state
