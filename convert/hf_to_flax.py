@@ -24,7 +24,7 @@ import tqdm
 
 from convert.hf_files import HfWeights, check_finite
 from convert.host_quant import nf4_scales, rows_into
-from convert.stream import Arrays, Part, stream
+from convert.stream import Arrays, Part, scratch, stream
 from qwen_jax.checkpoint_writer import CheckpointWriter
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig, load_hf_config
@@ -190,7 +190,8 @@ def _part(
     leaf_fmt = spec.format(fmt)
 
     def quantize(block: slice, into: slice, arrays: Arrays) -> None:
-        tensor = weights.read(name, block)
+        shape = (block.stop - block.start, *spec.torch_shape[1:])
+        tensor = weights.read(name, block, scratch(shape, weights.dtype(name)))
         check_finite(tensor, name, block.start)
         data, scale = arrays["data"], arrays["scale"]
         if leaf_fmt.kind == "nf4":
