@@ -110,7 +110,7 @@ def _progress_kept(writer: CheckpointWriter, output: pathlib.Path) -> Iterator[N
     except (InputError, KeyboardInterrupt) as error:
         if not writer.parts_done:
             raise
-        kept = f"{writer.parts_done} parts are kept in {writer.unfinished}: run the command again to go on"
+        kept = f"{writer.parts_done} parts are kept in {writer.unfinished}; run the command again"
         if isinstance(error, InputError):
             raise InputError(f"{error}; {kept}") from error
         print(kept, file=sys.stderr)

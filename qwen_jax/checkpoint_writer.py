@@ -184,6 +184,7 @@ class CheckpointWriter:
     def _go_on_or_begin(self) -> None:
         """Takes over what an earlier run left, if it was to make the same."""
         about = self._about()
+        self._staging.keep = True
         self._journal = Journal(self._staging.work / "journal.jsonl")
         old = self._journal.about
         if old is not None and old != about:
@@ -200,15 +201,16 @@ class CheckpointWriter:
         if old == about and self._params.is_dir():
             self._forget_damaged_parts()
         else:
+            self._staging.keep = False
             self._staging.clear()
             with _write_errors_named(self.path):
                 make_empty_arrays(self._params, self._leaves)
             self._journal.begin(about)
-        self._staging.keep = True
         done = [f for part in self._journal.parts.values() for f in part["files"]]
         written = sum((self._params / file).stat().st_size for file in done)
         total = sum(leaf.num_bytes for leaf in self._leaves.values())
         self._staging.check_free(total - written)
+        self._staging.keep = True
 
     def _about(self) -> dict[str, Any]:
         about = self._manifest.to_dict()

@@ -277,6 +277,8 @@ def test_unfinished_work_of_other_arguments_is_refused(hf, whole, tmp_path):
     stop_early(hf, output, fmt=QuantFormat.named("int8"))
     with pytest.raises(InputError, match=r"quantization int8 \(now nf4\).*--overwrite"):
         hf_to_flax.convert(hf, output, fmt=NF4)
+    stop_early(hf, output, fmt=QuantFormat.named("int8"))  # the refusal has cost it nothing
+    assert len((tmp_path / ".ck.partial/journal.jsonl").read_text().splitlines()) > 40
     hf_to_flax.convert(hf, output, fmt=NF4, overwrite=True)
     assert_finished(output, whole)
 
