@@ -9,7 +9,6 @@ Where the weights come from is not known here.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import write_json
 from qwen_jax.journal import Journal, boot_id
-from qwen_jax.layout import part_number, stored_leaves, written_spec
+from qwen_jax.layout import leaf_checksum, part_number, stored_leaves, written_spec
 from qwen_jax.manifest import MANIFEST_NAME, Manifest, load_manifest
 from qwen_jax.orbax_folder import make_empty_arrays
 from qwen_jax.params import ParamSpec
@@ -239,8 +238,8 @@ class CheckpointWriter:
     def _read(self, leaf: str, file: str) -> None:
         """Reads a file whole, which compares its checksums; ValueError if they differ."""
         number = self._leaves[leaf].files().index(file)
-        rows = self._leaves[leaf].file_shape[0]
-        self._store(leaf)[number * rows : (number + 1) * rows].read().result()
+        for index in self._leaves[leaf].read_steps(number):
+            self._store(leaf)[index].read().result()
 
     def _store(self, leaf: str) -> ts.TensorStore:
         if leaf not in self._stores:
@@ -253,11 +252,6 @@ class CheckpointWriter:
     def _fields(self, spec: ParamSpec) -> list[str]:
         fmt = spec.format(self._manifest.quantization)
         return [""] if fmt is None else list(fmt.shapes(spec.out_shape, spec.in_size))
-
-
-def leaf_checksum(file_digests: list[str]) -> str:
-    """The manifest's checksum of a leaf, from the digests of its files in order."""
-    return hashlib.sha256("".join(file_digests).encode()).hexdigest()
 
 
 def copy_sidecars(source: pathlib.Path, target: pathlib.Path) -> list[str]:
