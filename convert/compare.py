@@ -6,20 +6,16 @@ is what quantization costs. Whether the files themselves are sound is not asked 
 
 import dataclasses
 import math
-import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from convert.hf_files import HfWeights
-from convert.hf_to_flax import check_names_and_shapes, hf_parts
-from convert.host_quant import dequantized_rows, nf4_scales, rows_into
+from convert.host_quant import dequantized_rows
+from convert.stream import Part
 from qwen_jax.checkpoint import StoredParams
-from qwen_jax.layout import row_slices
-from qwen_jax.params import ParamSpec, param_table
+from qwen_jax.layout import plain_arrays
 from qwen_jax.quant import QTensor
-
-_BLOCK_BYTES = 16_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,92 +34,40 @@ class Difference:
         return math.sqrt(self.squares / self.source_squares) if self.source_squares else 0.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparedPart:
-    weights: HfWeights
-    spec: ParamSpec
-    name: str  # of the torch tensor
-    index: int | slice  # as in the checkpoint
-    rows: slice  # of the torch tensor
-
-    @property
-    def num_bytes(self) -> int:
-        row = math.prod(self.spec.torch_shape[1:]) * self.weights.dtype(self.name).itemsize
-        return (self.rows.stop - self.rows.start) * row
-
-    def blocks(self) -> Iterator[slice]:
-        """Row ranges of about _BLOCK_BYTES."""
-        row = self.num_bytes // (self.rows.stop - self.rows.start)
-        step = max(1, _BLOCK_BYTES // row)
-        for start in range(self.rows.start, self.rows.stop, step):
-            yield slice(start, min(start + step, self.rows.stop))
+def torch_name(part: Part) -> str:
+    return part.spec.torch_names()[part.index if part.spec.stacked else 0]
 
 
-def parts_to_compare(
-    stored: StoredParams, source: pathlib.Path
-) -> tuple[list[ComparedPart], int, str]:
-    """All parts in the order of the table, their bytes in the source, and its fingerprint."""
-    manifest, weights = stored.manifest, HfWeights(source)
-    check_names_and_shapes(weights, manifest.config)
-    _, fingerprint = hf_parts(
-        weights, manifest.config, np.dtype(manifest.dtype), manifest.quantization
-    )
-    parts = [
-        ComparedPart(
-            weights=weights,
-            spec=spec,
-            name=name,
-            index=index,
-            rows=slice(0, spec.torch_shape[0]) if spec.stacked else index,
-        )
-        for spec in param_table(manifest.config)
-        for layer, name in enumerate(spec.torch_names())
-        for index in ([layer] if spec.stacked else row_slices(spec))
-    ]
-    return parts, sum(part.num_bytes for part in parts), fingerprint
-
-
-def compare_part(stored: StoredParams, part: ComparedPart) -> Difference:
+def compare_part(stored: StoredParams, weights: HfWeights, part: Part) -> Difference:
+    """Makes a part's arrays anew and compares them with the stored ones."""
     leaf = stored.read(part.spec, part.index)
-    if isinstance(leaf, QTensor):
-        return _compare_quantized(stored, part, leaf)
-    got = leaf.reshape(-1, *part.spec.torch_shape[1:])
-    wrong = 0
-    for rows in part.blocks():
-        want = part.weights.read(part.name, rows)
-        if want.dtype != got.dtype:
-            want = want.astype(np.float32).astype(got.dtype)
-        wrong += _unequal(got[rows.start - part.rows.start : rows.stop - part.rows.start], want)
-    return Difference(count=got.size, wrong=wrong)
-
-
-def _compare_quantized(stored: StoredParams, part: ComparedPart, leaf: QTensor) -> Difference:
-    fmt = part.spec.format(stored.manifest.quantization)
-    data = leaf.data.reshape(-1, leaf.data.shape[-1])
-    scale = leaf.scale.reshape(-1, leaf.scale.shape[-1])
-    fresh = np.empty(scale.shape, np.float32 if fmt.kind == "nf4" else scale.dtype)
-    wrong, parts = 0, []
-    for rows in part.blocks():
-        source = part.weights.read(part.name, rows)
-        codes = np.empty(data[rows].shape, data.dtype)
-        rows_into(source, fmt, codes, fresh[rows])
-        wrong += _unequal(codes, data[rows])
-        error = dequantized_rows(leaf, rows) - source.astype(np.float32)
-        parts.append((_squares(error), _squares(source), float(np.abs(error).max(initial=0))))
-    scales = {"scale": fresh} if fmt.kind != "nf4" else nf4_scales(fresh)
-    for field, array in scales.items():
-        wrong += _unequal(array.reshape(-1), np.asarray(getattr(leaf, field)).reshape(-1))
+    arrays = plain_arrays(leaf) if isinstance(leaf, QTensor) else {"": leaf}
+    fresh = {name: np.empty(array.shape, array.dtype) for name, array in arrays.items()}
+    # Codes that the source holds already (GPTQ) are at no distance from it.
+    quantized = isinstance(leaf, QTensor) and torch_name(part) in weights.names()
+    errors = []
+    for rows in part.blocks:
+        part.fill(rows, fresh)
+        if quantized:
+            errors.append(_error(leaf, weights.read(torch_name(part), rows), rows))
+    fresh = part.finish(fresh)
     return Difference(
-        count=data.size + sum(array.size for array in scales.values()),
-        wrong=wrong,
-        quantized=True,
-        squares=sum(part[0] for part in parts),
-        source_squares=sum(part[1] for part in parts),
-        largest=max(part[2] for part in parts),
+        count=sum(array.size for array in arrays.values()),
+        wrong=sum(_unequal(fresh[name], array) for name, array in arrays.items()),
+        quantized=quantized,
+        squares=sum(error[0] for error in errors),
+        source_squares=sum(error[1] for error in errors),
+        largest=max((error[2] for error in errors), default=0.0),
     )
 
 
-def worst_of(differences: Sequence[Difference]) -> Difference:
+def _error(q: QTensor, source: np.ndarray, rows: slice) -> tuple[float, float, float]:
+    """Squared error, squares of the source, largest error of some rows."""
+    error = dequantized_rows(q, rows) - source.astype(np.float32)
+    return _squares(error), _squares(source), float(np.abs(error).max(initial=0))
+
+
+def total_of(differences: Sequence[Difference]) -> Difference:
     """Of parts, or of tensors, the sums and the largest error."""
     return Difference(
         count=sum(d.count for d in differences),

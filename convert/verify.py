@@ -16,9 +16,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tqdm
 
-from convert.compare import Difference, compare_part, parts_to_compare, worst_of
+from convert.compare import Difference, compare_part, torch_name, total_of
+from convert.hf_files import HfWeights
+from convert.hf_to_flax import check_names_and_shapes, hf_parts
 from convert.stream import num_cores
 from qwen_jax.checkpoint import StoredParams, load_manifest
 from qwen_jax.cli import parse, run
@@ -27,7 +30,7 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import read_json_object, write_json
 from qwen_jax.layout import StoredLeaf, leaf_checksum, stored_leaves
 
-_MOST_THREADS = 4  # each holds one layer's weight, at 72B 403 MB
+_MEMORY_BYTES = 2_000_000_000  # a thread holds one weight twice, 0.8 GB at 72B
 _SHOWN = 20
 
 
@@ -111,26 +114,34 @@ def compare(
 ) -> tuple[list[str], dict[str, Difference]]:
     """Faults, and the difference of every tensor (by torch name) from the source."""
     stored = StoredParams(checkpoint)
-    parts, total, fingerprint = parts_to_compare(stored, source)
+    manifest, weights = stored.manifest, HfWeights(source)
+    check_names_and_shapes(weights, manifest.config)
+    dtype, fmt = np.dtype(manifest.dtype), manifest.quantization
+    parts, fingerprint = hf_parts(weights, manifest.config, dtype, fmt)
     faults: list[str] = []
-    if fingerprint != stored.manifest.fingerprint:
+    if fingerprint != manifest.fingerprint:
         faults.append(f"{checkpoint} was converted from other weights than {source}")
+    largest = max(part.in_bytes for part in parts)
+    threads = max(1, _MEMORY_BYTES // (2 * largest))
     found: dict[str, list[Difference]] = {}
+    results = _in_threads(lambda part: compare_part(stored, weights, part), parts, threads)
+    total = sum(part.in_bytes for part in parts)
     with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="comparing") as bar:
-        for part, difference in zip(
-            parts, _in_threads(lambda part: compare_part(stored, part), parts), strict=True
-        ):
-            found.setdefault(part.name, []).append(difference)
-            bar.update(part.num_bytes)
-    differences = {name: worst_of(some) for name, some in found.items()}
+        for part, difference in zip(parts, results, strict=True):
+            found.setdefault(torch_name(part), []).append(difference)
+            bar.update(part.in_bytes)
+    differences = {name: total_of(some) for name, some in found.items()}
     for name, difference in differences.items():
         if difference.wrong:
             faults.append(f"{name}: {difference.wrong} of {difference.count} stored values differ")
     return faults, differences
 
 
-def _in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    with concurrent.futures.ThreadPoolExecutor(min(num_cores(), _MOST_THREADS)) as pool:
+def _in_threads(
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int = 1_000
+) -> Iterator[Any]:
+    """Results in order; on all cores, or on fewer `threads`."""
+    with concurrent.futures.ThreadPoolExecutor(min(num_cores(), threads)) as pool:
         yield from pool.map(function, items)
 
 
@@ -147,7 +158,7 @@ def print_differences(stored: StoredParams, differences: dict[str, Difference]) 
             kind = ".".join("*" if word.isdigit() else word for word in name.split("."))
             kinds.setdefault(kind, {})[name] = difference
     for kind, members in kinds.items():
-        mean = worst_of(list(members.values())).relative_rms
+        mean = total_of(list(members.values())).relative_rms
         worst = max(members, key=lambda name: members[name].relative_rms)
         largest = max(difference.largest for difference in members.values())
         numbers = (mean, members[worst].relative_rms, largest)
