@@ -56,6 +56,8 @@ class Args:
     """models, as in configs/; those from 72b on are of zeros"""
     formats: tuple[str, ...] = ("none", "int8", "int4", "nf4")
     """formats to convert into"""
+    layers: int | None = None
+    """layers of each model, if not all: the peak of memory is that of all from 8 on"""
     toy: bool = False
     """only a small model, with and without zeros"""
 
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.work.mkdir(parents=True, exist_ok=True)
         source, output = args.work / f"hf-{size}", args.work / f"out-{size}"
         try:
-            total = make_source(source, size, zeros)
+            total = make_source(source, size, zeros, args.layers)
             if not zeros:
                 _row(size, "cp", copy(source, output), total, total, total)
                 shutil.rmtree(output)
@@ -103,11 +105,12 @@ def paper_bytes(cfg: ModelConfig, kind: str) -> int:
     return tree_bytes(abstract_params(cfg, "bfloat16", QuantFormat.named(kind)))
 
 
-def make_source(folder: pathlib.Path, size: str, zeros: bool) -> int:
+def make_source(folder: pathlib.Path, size: str, zeros: bool, layers: int | None = None) -> int:
     """Writes a Hugging Face folder of the size's names and shapes; returns the bytes of tensors."""
     folder.mkdir(parents=True)
     config = json.loads((_CONFIGS / f"qwen_{'1_8b' if size == 'toy' else size}.json").read_text())
     config |= _TOY if size == "toy" else {}
+    config |= {"num_hidden_layers": layers} if layers else {}
     (folder / "config.json").write_text(json.dumps(config))
     cfg = load_hf_config(folder)
     names = {
