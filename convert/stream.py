@@ -25,6 +25,7 @@ Arrays = dict[str, np.ndarray]  # "" or the QTensor's fields, in the shapes in w
 _FILLING_BYTES = 1_300_000_000  # arrays that are being filled or wait to be written
 _FREE_BYTES = 420_000_000  # that wait to be used again
 _SMALL_BYTES = 100_000
+_MOST_WRITES = 8  # at once: what is finished should soon be on record
 _WRITING_BYTES = 450_000_000  # of which tensorstore makes a copy in the order of the file
 
 
@@ -47,11 +48,8 @@ class _Flight:
     memory: list[np.ndarray]
     arrays: Arrays
     blocks: list[concurrent.futures.Future]
+    num_bytes: int  # of the arrays; threads may add to these meanwhile
     done: Callable[[], None] | None = None  # waits for the write, once begun
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
 
 
 def stream(
@@ -84,7 +82,9 @@ def stream(
             advance(flight.part.in_bytes // len(flight.blocks))
         advance(flight.part.in_bytes % len(flight.blocks))
         flight.arrays = flight.part.finish(flight.arrays)
-        while writing and total(writing) + flight.num_bytes > _WRITING_BYTES:
+        while writing and (
+            total(writing) + flight.num_bytes > _WRITING_BYTES or len(writing) == _MOST_WRITES
+        ):
             settle()
         part = flight.part
         flight.done = writer.write(part.spec, part.index, flight.arrays, part.key)
@@ -94,11 +94,11 @@ def stream(
         for part in parts:
             shapes = writer.array_shapes(part.spec, part.index)
             size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-            while filling and total([*filling, *writing]) + size > _FILLING_BYTES:
-                start_write()
+            while (filling or writing) and total([*filling, *writing]) + size > _FILLING_BYTES:
+                start_write() if filling else settle()
             pieces, arrays = memory.take(shapes)
             blocks = [pool.submit(part.fill, rows, arrays) for rows in part.blocks]
-            filling.append(_Flight(part, pieces, arrays, blocks))
+            filling.append(_Flight(part, pieces, arrays, blocks, size))
             del pieces, arrays
         while filling:
             start_write()
