@@ -19,19 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from convert.hf_files import StreamedTensor, write_sharded
+from convert.hf_writer import StreamedTensor, write_sharded
 from qwen_jax.adapters import Lora, load_peft, merged_weight
-from qwen_jax.checkpoint import (
-    MANIFEST_NAME,
-    StagedFolder,
-    StoredParams,
-    copy_sidecars,
-    row_slices,
-)
+from qwen_jax.checkpoint import StoredParams
+from qwen_jax.checkpoint_writer import copy_sidecars
 from qwen_jax.cli import parse, run
 from qwen_jax.errors import InputError
+from qwen_jax.layout import row_slices
+from qwen_jax.manifest import MANIFEST_NAME
 from qwen_jax.params import ParamSpec, param_table
 from qwen_jax.quant import QTensor, dequantize
+from qwen_jax.staging import StagedFolder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 

@@ -18,10 +18,12 @@ import numpy as np
 import tqdm
 
 from convert.hf_files import HfWeights, check_finite
-from qwen_jax.checkpoint import CheckpointWriter, Manifest, row_slices
+from qwen_jax.checkpoint_writer import CheckpointWriter
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig, load_hf_config
 from qwen_jax.errors import InputError
+from qwen_jax.layout import row_slices
+from qwen_jax.manifest import Manifest
 from qwen_jax.params import ParamSpec, abstract_params, param_table, tree_bytes
 from qwen_jax.quant import QTensor, QuantFormat, quantize
 

@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from convert import flax_to_hf, hf_to_flax
 from demo.tiny_checkpoint import write_tiny_checkpoint
-from qwen_jax import checkpoint
+from qwen_jax import checkpoint, layout
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
 from qwen_jax.checkpoint import load_manifest, load_params
+from qwen_jax.checkpoint_writer import CheckpointWriter
 from qwen_jax.config import load_hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.params import param_table
@@ -96,7 +97,7 @@ def test_other_source_dtypes(tmp_path, dtype):
 
 
 def test_tables_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "TABLE_ROWS", 48)
+    monkeypatch.setattr(layout, "TABLE_ROWS", 48)
     monkeypatch.setattr(checkpoint, "_READ_BYTES", 1)  # slices larger than the limit must load too
     source = small(tmp_path / "hf", vocab_size=211)
     manifest = hf_to_flax.convert(source, tmp_path / "ck")
@@ -280,7 +281,7 @@ def test_every_layer_must_be_written(hf, tmp_path):
     spec = param_table(cfg)[0]
     with (
         pytest.raises(ValueError, match="not written"),
-        checkpoint.CheckpointWriter(tmp_path / "ck", cfg, "float32") as writer,
+        CheckpointWriter(tmp_path / "ck", cfg, "float32") as writer,
     ):
         writer.write_params([(spec, slice(0, 216), np.zeros(spec.shape, np.float32))])
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = [
     "errors",
     "files",
+    "staging",
     "config",
     "sharding",
     "quant",
@@ -15,7 +16,10 @@ ORDER = [
     "adapters",
     "cache",
     "model",
+    "manifest",
+    "layout",
     "checkpoint",
+    "checkpoint_writer",
     "tokenizer",
     "chatml",
     "sampling",
