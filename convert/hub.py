@@ -1,10 +1,10 @@
 """Files of one repository on the Hugging Face hub: listed, fetched through bad links, checked.
 
-huggingface_hub does the HTTP: redirects, tokens, mirrors, ranges. Its own download functions throw
+huggingface_hub does the HTTP: addresses, redirects, tokens, mirrors. Its download functions throw
 away what they have when they fail (release 2.4: every call begins at byte 0 under a new temporary
-name) and compare only sizes. So each file here grows as `.NAME.HASH.partial`, a later run goes on
-with it, and it takes its name only when its hash is the published one. Which repositories and
-files are worth having is not known here.
+name), lose up to 10 MB at each dropped connection and compare only sizes. So each file here grows
+as `.NAME.HASH.partial`, a later run goes on with it, and it takes its name only when its hash is
+the published one. Which repositories and files are worth having is not known here.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub
 from huggingface_hub import HfApi, errors
-from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url, http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.file_download import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from qwen_jax.errors import InputError
 from qwen_jax.files import sync_folder
@@ -161,14 +161,25 @@ class Repository:
     def _transfer(self, file: RemoteFile, sink: "_Sink") -> None:
         if file.size is not None and sink.tell() > file.size:
             sink.restart()
-        if file.size is None or sink.tell() < file.size:
-            http_get(
-                self._url(file),
-                sink,
-                resume_size=sink.tell(),
-                headers=self._headers(),
-                expected_size=file.size,
-            )
+        have = sink.tell()
+        if have == file.size:
+            return
+        headers = self._headers() | ({"Range": f"bytes={have}-"} if have else {})
+        # max_retries=0: `_persist` repeats, from where the file then is.
+        with http_stream_backoff(
+            "GET",
+            self._url(file),
+            headers=headers,
+            timeout=huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            max_retries=0,
+        ) as response:
+            hf_raise_for_status(response)
+            if have and response.status_code != 206:
+                sink.restart()  # the server does not know ranges and sends all again
+            for data in response.iter_bytes():
+                sink.write(data)
+        if file.size not in (None, sink.tell()):
+            raise ConnectionError(f"{sink.tell()} bytes came of {file.size}")
 
     def _url(self, file: RemoteFile) -> str:
         return hf_hub_url(self.repo_id, file.name, revision=self.commit, endpoint=self.endpoint)
@@ -180,7 +191,7 @@ class Repository:
     def _persist(
         self, what: str, action: Callable[[], Result], progress: Callable[[], int] = lambda: 0
     ) -> Result:
-        """Repeats `action` with growing waits until it succeeds; progress makes it patient again."""
+        """Repeats `action` with growing waits until it succeeds; progress renews the patience."""
         failures = 0
         while True:
             before = progress()
@@ -235,20 +246,11 @@ class _Sink:
     def tell(self) -> int:
         return self._file.tell()
 
-    def seek(self, place: int) -> int:
-        return self._file.seek(place)
-
-    def truncate(self) -> int:
-        """Cuts the file off at its place: the library does so when a server ignores the range."""
-        place = self.tell()
-        with _disk_errors(self._file.name):
-            self._received(place - self._file.seek(0, os.SEEK_END))
-            self._file.seek(place)
-            return self._file.truncate()
-
     def restart(self) -> None:
-        self.seek(0)
-        self.truncate()
+        self._received(-self.tell())
+        with _disk_errors(self._file.name):
+            self._file.seek(0)
+            self._file.truncate()
 
     def sync(self) -> None:
         with _disk_errors(self._file.name):
@@ -284,6 +286,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"HTTP {error.response.status_code} {error.response.reason_phrase}"
     return f"{type(error).__name__} {' '.join(str(error).split())[:160]}".strip()
 
 
