@@ -1,4 +1,4 @@
-"""A small server that speaks the part of the hub's API that downloads use, and misbehaves on demand.
+"""A small server that speaks the hub's API as far as downloads use it, and misbehaves on demand.
 
 with serve({"config.json": b"{}", ...}) as hub:
     hub.faults["config.json"] = ["503", "drop"]       # one for each request, then it behaves

@@ -133,7 +133,7 @@ def test_a_dropped_connection_goes_on_where_it_was(server, tmp_path):
 def test_a_later_run_goes_on_with_what_is_there(server, tmp_path):
     output = tmp_path / "out"
     server.faults[SHARD] = ["drop", *["503"] * 50]
-    with pytest.raises(InputError, match="attempts in a row .* is kept: run the same command"):
+    with pytest.raises(InputError, match=r"attempts in a row .* is kept: run the same command"):
         fetch(server, output, retries=2, workers=1)
     assert not (output / SHARD).exists()
     (partial,) = output.glob(f".{SHARD}.*.partial")
@@ -183,7 +183,7 @@ def test_an_unknown_repository(server, tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path):
-    with pytest.raises(InputError, match="list of files .* attempts in a row"):
+    with pytest.raises(InputError, match=r"list of files .* attempts in a row"):
         download.download(REPO, tmp_path / "out", endpoint="http://127.0.0.1:9", retries=1)
 
 

@@ -1,4 +1,4 @@
-"""GPTQ files: unpacked as AutoGPTQ's own code does, imported without loss, refused with a reason."""
+"""GPTQ files: unpacked as AutoGPTQ does, imported without loss, others refused with a reason."""
 
 import json
 import pathlib

@@ -13,6 +13,7 @@ ORDER = [
     "quant",
     "kernels",
     "params",
+    "peft_files",
     "adapters",
     "cache",
     "model",
