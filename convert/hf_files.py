@@ -56,10 +56,18 @@ class HfWeights:
     def dtype(self, name: str) -> np.dtype:
         return self._entry(name).dtype
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def stamp(self, name: str) -> str:
+        """Changes when the file of this tensor is written again."""
+        entry = self._entry(name)
+        return f"{entry.file_bytes}-{os.stat(entry.file).st_mtime_ns}"
+
+    def read(
+        self, name: str, rows: slice | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Returns a copy of a tensor, or of those rows of its axis 0, in the stored dtype.
 
-        `rows` is clipped as in numpy; its step must be 1. Raises InputError if the file has
+        `rows` is clipped as in numpy; its step must be 1. `out` is filled instead of a new array;
+        it must be contiguous and of the right shape and dtype. Raises InputError if the file has
         changed since it was opened.
         """
         entry = self._entry(name)
@@ -70,7 +78,9 @@ class HfWeights:
                 raise ValueError(f"rows {rows}: the step must be 1")
             offset += start * math.prod(shape[1:]) * entry.dtype.itemsize
             shape = (max(stop - start, 0), *shape[1:])
-        array = np.empty(shape, entry.dtype)
+        array = np.empty(shape, entry.dtype) if out is None else out
+        if (array.shape, array.dtype) != (shape, entry.dtype) or not array.flags.c_contiguous:
+            raise ValueError(f"out is {array.dtype} {array.shape}, expected {entry.dtype} {shape}")
         try:
             _read_into(array, entry, offset)
         except OSError as error:

@@ -7,7 +7,9 @@ Which folder, and who writes or reads, is not known here.
 """
 
 import dataclasses
+import hashlib
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -20,6 +22,7 @@ from qwen_jax.quant import QTensor, QuantFormat
 
 TABLE_ROWS = 4096  # rows of an unstacked table in one file: 64 MiB at 72B
 
+_ABSENT = 2**64 - 1
 _READ_PIECES = 8  # a file is read in pieces, this many along each axis that a mesh may split
 _CHECKED_BYTES = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
@@ -28,6 +31,11 @@ def row_slices(spec: ParamSpec) -> list[slice]:
     """The slices in which the rows of an unstacked weight are written."""
     rows = spec.shape[0]
     return [slice(i, min(i + TABLE_ROWS, rows)) for i in range(0, rows, TABLE_ROWS)]
+
+
+def part_number(spec: ParamSpec, index: int | slice) -> int:
+    """Which file of each of its arrays holds a layer, or one of `row_slices`."""
+    return index if spec.stacked else index.start // TABLE_ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,33 @@ class StoredLeaf:
         ]
         return math.prod(counts) * self.dtype.itemsize
 
+    def files(self) -> list[str]:
+        """Names of all files below the array's folder, in order of the index along axis 0."""
+        count = -(-self.shape[0] // self.file_shape[0])
+        return ["/".join(["c", str(i), *["0"] * (len(self.shape) - 1)]) for i in range(count)]
+
+    def file_digest(self, path: pathlib.Path) -> str:
+        """Identifies a file's content by the checksums in it, which whoever reads it compares.
+
+        sha256 over the crc32c (4 bytes) of each piece. A file is its pieces, each with its crc32c
+        behind it, then an index of (offset, bytes) pairs and the index' crc32c; a piece that lies
+        wholly beyond the end of the array is absent. Raises OSError or ValueError if it is not so.
+        """
+        counts = [f // p for f, p in zip(self.file_shape, self.piece_shape, strict=True)]
+        index_bytes = 16 * math.prod(counts) + 4
+        digest = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:
+            begin = os.fstat(file.fileno()).st_size - index_bytes
+            index = os.pread(file.fileno(), index_bytes, max(begin, 0))
+            digest.update(index[-4:])
+            for offset, size in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist():
+                if (offset, size) == (_ABSENT, _ABSENT):
+                    continue
+                if not 4 <= size <= begin or offset > begin - size:
+                    raise ValueError(f"{path} is truncated or damaged")
+                digest.update(os.pread(file.fileno(), 4, offset + size - 4))
+        return digest.hexdigest()
+
     def spec(self, folder: pathlib.Path) -> dict[str, Any]:
         """The tensorstore spec of a new array in `folder`."""
         pieces = {
@@ -63,8 +98,7 @@ class StoredLeaf:
             "index_codecs": _CHECKED_BYTES,
             "index_location": "end",
         }
-        return array_spec(folder) | {
-            "store_data_equal_to_fill_value": True,  # zeros that are absent would look like damage
+        return written_spec(folder) | {
             "metadata": {
                 "shape": self.shape,
                 "data_type": self.dtype.name,
@@ -79,6 +113,11 @@ class StoredLeaf:
 
 def array_spec(folder: pathlib.Path) -> dict[str, Any]:
     return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}
+
+
+def written_spec(folder: pathlib.Path) -> dict[str, Any]:
+    # Zeros that are absent would look like damage.
+    return array_spec(folder) | {"store_data_equal_to_fill_value": True}
 
 
 def stored_leaves(cfg: ModelConfig, dtype: Any, fmt: QuantFormat | None) -> dict[str, StoredLeaf]:

@@ -17,7 +17,7 @@ MANIFEST_NAME = "manifest.json"
 DTYPES = ("bfloat16", "float32")
 
 _FORMAT = "qwen-jax checkpoint"
-_VERSION = 1
+_VERSION = 2  # 1 had no checksums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Manifest:
     dtype: str  # of every array that is not quantized, one of DTYPES
     quantization: QuantFormat | None
     fingerprint: str  # identifies the weights that it was converted from
+    checksums: dict[str, str]  # of each leaf, see docs/formats.md
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -37,6 +38,7 @@ class Manifest:
             "dtype": self.dtype,
             "quantization": dataclasses.asdict(self.quantization) if self.quantization else None,
             "fingerprint": self.fingerprint,
+            "checksums": self.checksums,
         }
 
 
@@ -48,7 +50,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
         hint = "convert it first" if (path / "config.json").is_file() else "check the path"
         raise InputError(f"{path} is not a converted checkpoint (no {MANIFEST_NAME}); {hint}")
     values = read_json_object(file)
-    keys = {"format", "version", "config", "dtype", "quantization", "fingerprint"}
+    keys = {"format", "version", "config", "dtype", "quantization", "fingerprint", "checksums"}
     if values.get("format") != _FORMAT or values.get("version") != _VERSION:
         raise InputError(
             f"{file} has format {values.get('format')!r} version {values.get('version')!r}; "
@@ -58,11 +60,17 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
     good_fmt = fmt is None or (isinstance(fmt, dict) and set(fmt) == {"kind", "group"})
     if set(values) != keys or values["dtype"] not in DTYPES or not isinstance(config, dict):
         raise InputError(f"{file} is damaged: expected the keys {sorted(keys)}; convert again")
-    if not good_fmt or not isinstance(values["fingerprint"], str):
-        raise InputError(f"{file} is damaged: quantization {fmt!r}; convert the model again")
+    sums = values["checksums"]
+    good_sums = isinstance(sums, dict) and all(isinstance(s, str) for s in sums.values())
+    if not good_fmt or not good_sums or not isinstance(values["fingerprint"], str):
+        raise InputError(
+            f"{file} is damaged: quantization {fmt!r}, fingerprint or checksums are not what the "
+            "format says; convert the model again"
+        )
     return Manifest(
         config=ModelConfig.from_dict(config),
         dtype=values["dtype"],
         quantization=None if fmt is None else QuantFormat(**fmt),
         fingerprint=values["fingerprint"],
+        checksums=sums,
     )

@@ -63,9 +63,10 @@ def small(folder, **changes):
 
 
 def assert_refused(source, output, match, **options):
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(InputError, match=match) as caught:
         hf_to_flax.convert(source, output, **options)
-    assert not [path for path in output.parent.iterdir() if output.name in path.name]
+    left = [path.name for path in output.parent.iterdir() if output.name in path.name]
+    assert left == ([f".{output.name}.partial"] if "are kept in" in str(caught.value) else [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -283,8 +284,9 @@ def test_every_layer_must_be_written(hf, tmp_path):
         pytest.raises(ValueError, match="not written"),
         CheckpointWriter(tmp_path / "ck", cfg, "float32") as writer,
     ):
-        writer.write_params([(spec, slice(0, 216), np.zeros(spec.shape, np.float32))])
-    assert not list(tmp_path.iterdir())
+        writer.write(spec, slice(0, 216), {"": np.zeros(spec.shape, np.float32)})()
+        writer.commit("0")
+    assert not (tmp_path / "ck").exists()
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5mb", 1_500_000), ("800", 800)])
