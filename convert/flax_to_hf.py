@@ -19,8 +19,9 @@ import tqdm
 
 from convert.compare_logits import Difference, difference, streamed_logits
 from convert.export_rows import FolderSource, Source, StoredSource, export_tensors
+from convert.gptq import read_gptq
 from convert.hf_files import HfWeights
-from convert.hf_to_flax import check_names_and_shapes
+from convert.hf_to_flax import open_weights
 from convert.hf_writer import write_sharded
 from qwen_jax.adapters import Lora, load_peft
 from qwen_jax.checkpoint import StoredParams
@@ -135,9 +136,9 @@ def _open_base(stored: StoredParams, base: pathlib.Path) -> FolderSource:
     cfg = load_hf_config(base)
     if cfg != stored.manifest.config:
         raise InputError(f"--base {base} has another config.json than {stored.path}; give its base")
-    weights = HfWeights(base)
-    check_names_and_shapes(weights, cfg)
-    source, own = FolderSource(weights), StoredSource(stored)
+    if read_gptq(base) is not None:
+        raise InputError(f"--base {base} is quantized itself; give the original bfloat16 folder")
+    source, own = FolderSource(open_weights(base, cfg)), StoredSource(stored)
     for spec in param_table(cfg):
         if spec.role == "linear":
             continue

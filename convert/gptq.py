@@ -15,20 +15,24 @@ packing and unpacking the tests compare with. The model itself is not known here
 """
 
 import dataclasses
+import hashlib
+import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from convert.hf_files import HfWeights, check_finite
+from convert.stream import Arrays, Part
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json_object
 from qwen_jax.params import ParamSpec
-from qwen_jax.quant import INT4_ZERO_POINT, QTensor, QuantFormat
+from qwen_jax.quant import INT4_ZERO_POINT, QuantFormat
 
 QUANTIZE_CONFIG = "quantize_config.json"
 GROUP = 128
 _INT8_ZERO_POINT = 128
+_BLOCK_BYTES = 16_000_000  # of qweight, read and transposed at once by one thread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +40,7 @@ class Gptq:
     """What a folder says of its quantization."""
 
     bits: int  # 4 or 8
-    stored_minus_one: bool = (
-        True  # the zero points; the later "gptq_v2" files hold them as they are
-    )
+    stored_minus_one: bool = True  # the zero points; "gptq_v2" files hold them as they are
 
     @property
     def fmt(self) -> QuantFormat:
@@ -134,30 +136,50 @@ def linear_tensors(spec: ParamSpec, gptq: Gptq) -> dict[str, tuple[tuple[int, ..
     }
 
 
-def read_linear(weights: HfWeights, spec: ParamSpec, layer: int, gptq: Gptq) -> QTensor:
-    """One layer's weight in our layout; numpy arrays, codes and scales exactly as in the file.
+def linear_part(weights: HfWeights, spec: ParamSpec, layer: int, gptq: Gptq) -> tuple[Part, bytes]:
+    """One layer's weight as a part, codes and scales as in the file; and bytes that identify it.
 
-    Raises InputError if the zero points or the groups are not the plain ones, or a scale is not a
-    finite number.
+    Filling raises InputError if the zero points or the groups are not the plain ones, or a scale is
+    not a finite number.
     """
     module = spec.torch_module.format(layer=layer)
-    qweight, qzeros, scales, g_idx = (
-        weights.read(f"{module}.{suffix}") for suffix in linear_tensors(spec, gptq)
+    names = [f"{module}.{suffix}" for suffix in linear_tensors(spec, gptq)]
+    words, N = weights.shape(names[0])
+    about = b"".join(
+        f"{name} {weights.dtype(name).name} {list(weights.shape(name))}\n".encode()
+        for name in names
     )
-    _check_groups(g_idx, module)
-    _check_zeros(qzeros, module, gptq)
-    check_finite(scales, f"{module}.scales")
-    # The bytes of a word hold its codes in order, the even one in the low nibble: as ours.
-    codes = _transposed(qweight).view(np.uint8)
-    if gptq.bits == 8:
-        codes = (codes ^ np.uint8(_INT8_ZERO_POINT)).view(np.int8)  # code - 128 in two's complement
-    fmt = gptq.fmt
-    shapes = fmt.shapes(spec.out_shape, spec.in_size)
-    return QTensor(
-        data=codes.reshape(shapes["data"][0]),
-        scale=_transposed(scales).reshape(shapes["scale"][0]),
-        kind=fmt.kind,
+    about += weights.read(f"{module}.qweight", slice(0, 1)).tobytes()
+    about += weights.read(f"{module}.scales", slice(0, 1)).tobytes()
+    stamps = "-".join(dict.fromkeys(weights.stamp(name) for name in names))
+
+    def fill(block: slice, arrays: Arrays) -> None:
+        if block.start == 0:
+            _check_groups(weights.read(f"{module}.g_idx"), module)
+            _check_zeros(weights.read(f"{module}.qzeros"), module, gptq)
+            scales = weights.read(f"{module}.scales")
+            check_finite(scales, f"{module}.scales")
+            _transpose(scales, arrays["scale"].reshape(N, -1))
+        # The bytes of a word hold its codes in order, the even one in the low nibble: as ours.
+        codes = arrays["data"].reshape(N, -1)[:, block.start * 4 : block.stop * 4]
+        qweight = weights.read(f"{module}.qweight", block)
+        if gptq.bits == 8:
+            # code - 128 in two's complement is the code with its highest bit turned.
+            qweight ^= np.uint32(0x80808080).view(np.int32)
+        _transpose(qweight, codes.view(np.int32))
+
+    step = max(1, _BLOCK_BYTES // (4 * N))
+    part = Part(
+        spec=spec,
+        index=layer,
+        key=f"{hashlib.sha256(about).hexdigest()[:16]}-{stamps}",
+        in_bytes=sum(
+            math.prod(weights.shape(name)) * weights.dtype(name).itemsize for name in names
+        ),
+        blocks=tuple(slice(i, min(i + step, words)) for i in range(0, words, step)),
+        fill=fill,
     )
+    return part, about
 
 
 def check_zero_bias(weights: HfWeights, name: str) -> None:
@@ -195,14 +217,12 @@ def _check_zeros(
         )
 
 
-def _transposed(
+def _transpose(
     array: np.ndarray,  # [rows, columns]
-) -> np.ndarray:  # [columns, rows], contiguous
+    out: np.ndarray,  # [columns, rows]
+) -> None:
     """A transpose in blocks that stay in cache: several times as fast as one strided copy."""
-    rows, columns = array.shape
-    result = np.empty((columns, rows), array.dtype)
     step = 256
-    for i in range(0, rows, step):
-        for j in range(0, columns, step):
-            result[j : j + step, i : i + step] = array[i : i + step, j : j + step].T
-    return result
+    for i in range(0, array.shape[0], step):
+        for j in range(0, array.shape[1], step):
+            out[j : j + step, i : i + step] = array[i : i + step, j : j + step].T
