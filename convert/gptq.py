@@ -24,7 +24,7 @@ import numpy as np
 
 from convert.hf_files import HfWeights, check_finite
 from convert.stream import Arrays, Part
-from qwen_jax.errors import InputError
+from qwen_jax.errors import InputError, shown
 from qwen_jax.files import read_json_object
 from qwen_jax.params import ParamSpec
 from qwen_jax.quant import INT4_ZERO_POINT, QuantFormat
@@ -84,39 +84,34 @@ def _parse(where: str, values: Any) -> Gptq:
     method = values.get("quant_method", "gptq")
     if method != "gptq":
         raise InputError(
-            f"{where} has quant_method {_short(method)}; only gptq files can be taken over: "
+            f"{where} has quant_method {shown(method)}; only gptq files can be taken over: "
             "convert the unquantized model with --quantize"
         )
     bits, group = values.get("bits"), values.get("group_size")
     if type(bits) is not int or bits not in (4, 8):
-        raise InputError(f"{where} has bits {_short(bits)}; only 4 and 8 have a format here")
+        raise InputError(f"{where} has bits {shown(bits)}; only 4 and 8 have a format here")
     if type(group) is not int or group != GROUP:
         raise InputError(
-            f"{where} has group_size {_short(group)}; the int4 and int8 formats hold groups of "
+            f"{where} has group_size {shown(group)}; the int4 and int8 formats hold groups of "
             f"{GROUP}: convert the unquantized model with --quantize int{bits}"
         )
     if values.get("desc_act", False) is not False:
         raise InputError(
-            f"{where} has desc_act {_short(values['desc_act'])}: with act-order the inputs of a "
+            f"{where} has desc_act {shown(values['desc_act'])}: with act-order the inputs of a "
             "group are scattered, and the formats here hold groups of neighbours; convert the "
             f"unquantized model with --quantize int{bits}"
         )
     if values.get("sym", True) is not True:
         raise InputError(
-            f"{where} has sym {_short(values['sym'])}; the formats here are symmetric: convert the "
+            f"{where} has sym {shown(values['sym'])}; the formats here are symmetric: convert the "
             f"unquantized model with --quantize int{bits}"
         )
     layout = values.get("checkpoint_format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise InputError(
-            f"{where} has checkpoint_format {_short(layout)}; only AutoGPTQ's own layout is known"
+            f"{where} has checkpoint_format {shown(layout)}; only AutoGPTQ's own layout is known"
         )
     return Gptq(bits=bits, stored_minus_one=layout == "gptq")
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
-    return text[:80]
 
 
 def linear_tensors(spec: ParamSpec, gptq: Gptq) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -20,7 +20,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.errors import InputError, did_you_mean, shown
 from qwen_jax.files import replacing, write_json
 from qwen_jax.params import ParamSpec, leaf_spec, nest, num_parameters, param_table
 from qwen_jax.peft_files import (
@@ -252,7 +252,7 @@ def load_peft(
     rank = max((config.rank_of(module) for module in modules), default=config.rank)
     leaves = {spec.path: _take_pairs(tensors, spec, config, rank) for spec in specs}
     if left := tensors.left():
-        names = ", ".join(repr(name) for name in left[:5])
+        names = ", ".join(shown(name) for name in left[:5])
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise InputError(
             f"{tensors.path} has tensors that match nothing in this model: {names}{more}"
@@ -286,7 +286,7 @@ def _check_base(
     elif made_for != fingerprint:
         raise InputError(
             f"the adapter in {folder} was made for another base ({config.base_name}, fingerprint "
-            f"{made_for[:12]}); this checkpoint has {fingerprint[:12]}: use the base it was "
+            f"{shown(made_for[:12])}); this checkpoint has {fingerprint[:12]}: use the base it was "
             "trained on"
         )
 

@@ -101,6 +101,7 @@ _COUNTS = (
     "ffn_size",
     "seq_length",
 )
+_MOST_LAYERS = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in _COUNTS:
             self._check_positive(name)
+        if self.num_layers >= _MOST_LAYERS:  # every layer has names, which are made before any file
+            raise InputError(f"num_layers is {self.num_layers}; expected under {_MOST_LAYERS}")
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: rotary embedding needs an even size")
         if not (self.rope_base > 1 and self.norm_eps > 0):

@@ -10,7 +10,6 @@ known.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from qwen_jax.errors import InputError
+from qwen_jax.errors import InputError, shown
 from qwen_jax.files import read_json_object
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -91,29 +90,29 @@ def read_peft_config(folder: pathlib.Path) -> PeftConfig:
         rank_pattern=_pattern(where, config, "rank_pattern", _rank),
         alpha_pattern=_pattern(where, config, "alpha_pattern", _alpha),
         layers=None if layers is None else frozenset(layers),
-        base_name=str(config.get("base_model_name_or_path"))[:200],
+        base_name=shown(config.get("base_model_name_or_path")),
     )
 
 
 def _refuse_unknown_kinds(where: pathlib.Path, config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        kind = _short(config.get("peft_type"))
+        kind = shown(config.get("peft_type"))
         raise InputError(f"{where}: peft_type {kind}; only LORA adapters can be read")
     if modules := config.get("modules_to_save"):
         raise InputError(
-            f"{where}: modules_to_save {_short(modules)}: the adapter brings whole weights of its "
+            f"{where}: modules_to_save {shown(modules)}: the adapter brings whole weights of its "
             "own, and only low-rank pairs can be read; merge it with PEFT (merge_and_unload, "
             "save_pretrained) and convert the merged model"
         )
     for key, meaning in _NOT_IMPLEMENTED.items():
         if config.get(key):
-            raise InputError(f"{where}: {key} is {_short(config[key])}: {meaning}; not implemented")
+            raise InputError(f"{where}: {key} is {shown(config[key])}: {meaning}; not implemented")
     if config.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias {_short(config['bias'])}; only 'none' can be read")
+        raise InputError(f"{where}: bias {shown(config['bias'])}; only 'none' can be read")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise InputError(
-            f"{where}: init_lora_weights {_short(start)} changed the base weights before training, "
+            f"{where}: init_lora_weights {shown(start)} changed the base weights before training, "
             "so the adapter does not fit the published ones; save it with PEFT's "
             "path_initial_model_for_weight_conversion first"
         )
@@ -122,15 +121,15 @@ def _refuse_unknown_kinds(where: pathlib.Path, config: dict[str, Any]) -> None:
 def _pattern(where: pathlib.Path, config: dict[str, Any], key: str, check: Any) -> dict[str, Any]:
     values = config.get(key) or {}
     if not isinstance(values, dict):
-        raise InputError(f"{where}: {key} is {_short(values)}; expected numbers by module name")
+        raise InputError(f"{where}: {key} is {shown(values)}; expected numbers by module name")
     for name in values:
         # PEFT takes regular expressions; a pattern out of a file can run for years.
         if not re.fullmatch(r"\^?[\w.]+", name, re.ASCII):
             raise InputError(
-                f"{where}: {key} has {_short(name)}; only plain module names such as "
+                f"{where}: {key} has {shown(name)}; only plain module names such as "
                 "'attn.c_proj' are understood, write them out"
             )
-    return {name: check(where, f"{key}[{name!r}]", value) for name, value in values.items()}
+    return {name: check(where, f"{key}[{shown(name)}]", value) for name, value in values.items()}
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -143,28 +142,21 @@ def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def _rank(where: pathlib.Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value <= 2**13:
-        raise InputError(f"{where}: {key} is {_short(value)}; expected a rank from 1 to 8192")
+        raise InputError(f"{where}: {key} is {shown(value)}; expected a rank from 1 to 8192")
     return value
 
 
 def _alpha(where: pathlib.Path, key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 2**31:
-        raise InputError(f"{where}: {key} is {_short(value)}; expected a number over 0")
+        raise InputError(f"{where}: {key} is {shown(value)}; expected a number over 0")
     return float(value)
 
 
 def _flag(where: pathlib.Path, config: dict[str, Any], key: str) -> bool:
     value = config.get(key, False)
     if value is not None and type(value) is not bool:
-        raise InputError(f"{where}: {key} is {_short(value)}; expected true or false")
+        raise InputError(f"{where}: {key} is {shown(value)}; expected true or false")
     return bool(value)
-
-
-def _short(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False)[:100]
-    except RecursionError:
-        return f"a nested {type(value).__name__}"
 
 
 class PeftTensors:
@@ -191,7 +183,7 @@ class PeftTensors:
                 continue
             key = (match["module"], match["side"])
             if key in self._keys:
-                both = f"{_short(name)} and {_short(self._keys[key])}"
+                both = f"{shown(name)} and {shown(self._keys[key])}"
                 raise InputError(f"{self.path} has {both}, which are one; expected one of them")
             self._keys[key] = name
 
@@ -206,7 +198,7 @@ class PeftTensors:
             dtype, found = part.get_dtype(), tuple(part.get_shape())
         if found != shape or dtype not in _FLOATS:
             raise InputError(
-                f"{self.path}: {name} is {dtype} {found}; this model and the rank in "
+                f"{self.path}: {shown(name)} is {dtype} {found}; this model and the rank in "
                 f"{ADAPTER_CONFIG} need a float {shape}"
             )
 
@@ -216,7 +208,7 @@ class PeftTensors:
         with self._readable():
             matrix = self._file.get_tensor(name).astype(np.float32)
         if not np.isfinite(matrix).all():
-            raise InputError(f"{self.path}: {name} holds NaN or Inf: its training diverged")
+            raise InputError(f"{self.path}: {shown(name)} holds NaN or Inf: its training diverged")
         return matrix
 
     def left(self) -> list[str]:
@@ -238,6 +230,7 @@ class _Readable:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         known = (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError)
+        known += (OverflowError,)  # from a negative offset
         if isinstance(error, known):
             text = " ".join(str(error).split())[:200]
             raise InputError(f"{self._path} is not a readable safetensors file: {text}") from None

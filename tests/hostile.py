@@ -108,7 +108,11 @@ def mutated_json(draw: Any, value: Any) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(_places(value))))
         action = draw(st.sampled_from(["value", "value", "raw", "drop", "add", "swap", "twice"]))
-        new = copy.deepcopy(draw(st.sampled_from(_VALUES)))
+        place = _parent(value, (*path, None))
+        alike = [v for v in _VALUES if type(v) is type(place)]  # gets further than another type
+        new = copy.deepcopy(
+            draw(st.sampled_from(draw(st.sampled_from([alike, _VALUES])) or [None]))
+        )
         if action == "raw":
             raw, new = draw(st.sampled_from(_RAW)), _MARK
         if not path or (action == "add" and not isinstance(_parent(value, path), dict)):

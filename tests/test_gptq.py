@@ -146,7 +146,7 @@ def test_either_config_names_the_quantization(tmp_path):
         ({"sym": False}, "symmetric"),
         ({"quant_method": "awq"}, "quant_method 'awq'; only gptq"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-        ({"bits": {"a": [1]}}, "bits dict"),
+        ({"bits": {"a": [1]}}, "bits a dict"),
     ],
 )
 @pytest.mark.parametrize("place", ["in_config", "in_file"])

@@ -148,7 +148,7 @@ def change_config(folder, **values):
         ({"rank_pattern": {"c_attn": 0}}, r"rank_pattern\['c_attn'\] is 0"),
         ({"r": 10**9}, "r is 1000000000; expected a rank from 1 to 8192"),
         ({"r": 8192}, "need a float"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is NaN"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"use_rslora": "yes"}, "expected true or false"),
         ({"layers_to_transform": ["1"]}, "no list of layers"),
         ({"fan_in_fan_out": True}, "transposed"),
