@@ -34,7 +34,7 @@ class Source(Protocol):
     def dtype(self, spec: ParamSpec, layer: int) -> np.dtype:
         """What the tensor is exported as."""
 
-    def blocks(self, spec: ParamSpec, layer: int) -> Iterator[np.ndarray]:
+    def blocks(self, spec: ParamSpec, layer: int) -> Iterator[np.ndarray | jax.Array]:
         """The rows of one torch tensor in order; float32 where they were quantized."""
 
 
@@ -47,7 +47,7 @@ class StoredSource:
     def dtype(self, spec: ParamSpec, layer: int) -> np.dtype:
         return jnp.dtype(self._stored.manifest.dtype)
 
-    def blocks(self, spec: ParamSpec, layer: int) -> Iterator[np.ndarray]:
+    def blocks(self, spec: ParamSpec, layer: int) -> Iterator[np.ndarray | jax.Array]:
         for index in [layer] if spec.stacked else row_slices(spec):
             leaf = self._stored.read(spec, index)
             if isinstance(leaf, QTensor):
@@ -111,8 +111,10 @@ def _blocks(
         stop = row + len(block)
         if pair is not None:
             b = pair["b"].reshape(-1, pair["b"].shape[-1])[row:stop]
-            block = np.asarray(_merged(block, pair["a"], b, lora.scale))
-        block, row = block.astype(dtype, copy=False), stop
+            block = _merged(block, pair["a"], b, lora.scale, dtype=dtype)
+        elif block.dtype != dtype:
+            block = _rounded(block, dtype=dtype)
+        block, row = np.asarray(block), stop
         yield block
         progress(block.nbytes)
 
@@ -127,24 +129,31 @@ def layer_pair(lora: Lora, spec: ParamSpec, layer: int) -> dict[str, Any] | None
     return {side: node[side][layer] for side in ("a", "b")}
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="dtype")
 def _merged(
     rows: jax.Array,  # [rows, I]
     a: jax.Array,  # [R, I]
     b: jax.Array,  # [rows, R]
     scale: float,
-) -> jax.Array:  # float32 [rows, I]: the rounding to the exported dtype is left to the caller
+    *,
+    dtype: np.dtype,
+) -> jax.Array:  # [rows, I]
     delta = jnp.matmul(b.astype(jnp.float32), a.astype(jnp.float32), precision="highest")
-    return rows.astype(jnp.float32) + scale * delta
+    return (rows.astype(jnp.float32) + scale * delta).astype(dtype)
 
 
-def dequantized_blocks(q: QTensor) -> Iterator[np.ndarray]:
+@functools.partial(jax.jit, static_argnames="dtype")
+def _rounded(rows: jax.Array, *, dtype: np.dtype) -> jax.Array:
+    return rows.astype(dtype)
+
+
+def dequantized_blocks(q: QTensor) -> Iterator[jax.Array]:
     """float32 blocks [rows, I] of one matrix, the values of `dequantize` to the bit."""
     scales = np.asarray(group_scales(jax.tree.map(jnp.asarray, q)))
     scales = scales.reshape(-1, scales.shape[-1])
     data = np.asarray(q.data).reshape(-1, q.data.shape[-1])
     for rows in _row_blocks((len(data), q.in_size)):
-        yield np.asarray(_dequantized(data[rows], scales[rows], kind=q.kind))
+        yield _dequantized(data[rows], scales[rows], kind=q.kind)
 
 
 @functools.partial(jax.jit, static_argnames="kind")
