@@ -2,6 +2,7 @@
 
     python -m convert.hf_to_flax --input HF_DIR --output CKPT [--quantize none|int8|int4|nf4]
 
+The official Int4 and Int8 folders (GPTQ) are taken as they are, code by code.
 Everything that can be wrong is checked before work begins: family, names, shapes, group sizes. The
 weights then pass through memory in blocks of rows, each tensor read once and checked for NaN. A run
 that was killed, or stopped by a full disk, is gone on with by the same command.
@@ -22,7 +23,8 @@ import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
 import numpy as np
 import tqdm
 
-from convert.hf_files import HfWeights, check_finite
+from convert.gptq import Gptq, check_zero_bias, linear_part, linear_tensors, read_gptq
+from convert.hf_files import FLOAT_DTYPES, HfWeights, check_finite
 from convert.host_quant import nf4_scales, rows_into
 from convert.stream import Arrays, Part, scratch, stream
 from qwen_jax.checkpoint_writer import CheckpointWriter
@@ -49,7 +51,7 @@ class Args:
     output: pathlib.Path
     """checkpoint folder to write"""
     quantize: Literal["none", "int8", "int4", "nf4"] = "none"
-    """storage of the linear layers"""
+    """storage of the linear layers; official Int4 and Int8 folders keep their own"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """dtype of everything that is not quantized"""
     overwrite: bool = False
@@ -70,12 +72,13 @@ def convert(
     beside it for the next run.
     """
     begin = time.perf_counter()
-    cfg = load_hf_config(source)
+    cfg, gptq = load_hf_config(source), read_gptq(source)
+    if gptq is not None:
+        fmt = _kept_format(source, gptq, fmt)
     # Making the abstract tree also finds widths that do not divide into the format's groups.
     out_bytes = tree_bytes(abstract_params(cfg, dtype, fmt))
-    weights = HfWeights(source)
-    check_names_and_shapes(weights, cfg)
-    parts, fingerprint = hf_parts(weights, cfg, np.dtype(dtype), fmt)
+    weights = open_weights(source, cfg, gptq)
+    parts, fingerprint = hf_parts(weights, cfg, np.dtype(dtype), fmt, gptq)
     writer = CheckpointWriter(output, cfg, dtype, fmt, overwrite=overwrite)
     if (done := writer.published_by_a_killed_run(fingerprint)) is not None:
         print(f"{output} was complete already; removed what the interrupted run left beside it")
@@ -122,10 +125,46 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def check_names_and_shapes(weights: HfWeights, cfg: ModelConfig) -> None:
-    """Raises InputError unless the folder has exactly the table's tensors in their shapes."""
-    expected = {name: spec.torch_shape for spec in param_table(cfg) for name in spec.torch_names()}
+def _kept_format(source: pathlib.Path, gptq: Gptq, fmt: QuantFormat | None) -> QuantFormat:
+    """The format of a GPTQ folder, whose weights are never quantized a second time."""
+    if fmt is not None and fmt.kind != gptq.fmt.kind:
+        raise InputError(
+            f"{source} is quantized to {gptq.bits} bits already; leave --quantize {fmt.kind} out, "
+            "or convert the unquantized model"
+        )
+    return gptq.fmt
+
+
+def open_weights(source: pathlib.Path, cfg: ModelConfig, gptq: Gptq | None = None) -> HfWeights:
+    """Opens a folder that has exactly the table's tensors in their shapes; else InputError."""
+    weights = HfWeights(source, (*FLOAT_DTYPES, "I32") if gptq else FLOAT_DTYPES)
+    expected, integers, optional = {}, set(), set()
+    for spec in param_table(cfg):
+        for layer, name in enumerate(spec.torch_names()):
+            if gptq is None or spec.role != "linear":
+                expected[name] = spec.torch_shape
+                continue
+            module = spec.torch_module.format(layer=layer)
+            for suffix, (shape, dtype) in linear_tensors(spec, gptq).items():
+                expected[f"{module}.{suffix}"] = shape
+                if dtype == "int32":
+                    integers.add(f"{module}.{suffix}")
+            optional.add(f"{module}.bias")
+    check_names_and_shapes(weights, expected, integers, optional - set(expected))
+    return weights
+
+
+def check_names_and_shapes(
+    weights: HfWeights,
+    expected: dict[str, tuple[int, ...]],
+    integers: set[str],
+    optional: set[str],
+) -> None:
+    """InputError unless the folder has exactly these tensors; optional ones are biases of zeros."""
     names = {name for name in weights.names() if not name.endswith(_DERIVED_SUFFIX)}
+    for name in sorted(names & optional):
+        check_zero_bias(weights, name)
+    names -= optional
     faults = []
     if missing := [name for name in expected if name not in names]:
         faults.append(f"lacks {_listed(missing)}")
@@ -138,6 +177,12 @@ def check_names_and_shapes(weights: HfWeights, cfg: ModelConfig) -> None:
     ]
     if wrong:
         faults.append(f"has shapes other than config.json implies: {_listed(wrong)}")
+    if odd := [
+        name
+        for name in expected
+        if name in names and (weights.dtype(name) == np.int32) != (name in integers)
+    ]:
+        faults.append(f"has integers for floats, or floats for integers: {_listed(odd)}")
     if faults:
         raise InputError(
             f"{weights.folder} {'; it '.join(faults)}; config.json and weights must be of one "
@@ -151,7 +196,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def hf_parts(
-    weights: HfWeights, cfg: ModelConfig, dtype: np.dtype, fmt: QuantFormat | None
+    weights: HfWeights,
+    cfg: ModelConfig,
+    dtype: np.dtype,
+    fmt: QuantFormat | None,
+    gptq: Gptq | None = None,
 ) -> tuple[list[Part], str]:
     """Every tensor of the table as parts, each tensor read once; and the fingerprint of them all.
 
@@ -161,6 +210,11 @@ def hf_parts(
     parts, digest = [], hashlib.sha256()
     for spec in param_table(cfg):
         for layer, name in enumerate(spec.torch_names()):
+            if gptq is not None and spec.role == "linear":
+                part, about = linear_part(weights, spec, layer, gptq)
+                digest.update(about)
+                parts.append(part)
+                continue
             shape = weights.shape(name)
             about = f"{name} {weights.dtype(name).name} {list(shape)}\n".encode()
             about += weights.read(name, None if len(shape) == 1 else slice(0, 1)).tobytes()

@@ -14,6 +14,7 @@ ORDER = [
     "quant",
     "kernels",
     "params",
+    "peft_files",
     "adapters",
     "cache",
     "model",
