@@ -154,9 +154,9 @@ def _open_base(stored: StoredParams, base: pathlib.Path) -> FolderSource:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal after bfloat16's rounding: a GPTQ folder keeps these tensors in float16."""
-    a, b = (x.astype(np.float32) for x in (a, b))
-    return bool(np.all(np.abs(a - b) <= np.abs(b) * 2.0**-8 + 2.0**-24))
+    """Equal to the last bit of bfloat16: a GPTQ folder keeps these tensors in float16."""
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    return bool(np.all(np.abs(a - b) <= np.abs(b) * 2.0**-7 + 2.0**-24))
 
 
 def _state_dtype(folder: pathlib.Path, dtypes: set[str]) -> None:

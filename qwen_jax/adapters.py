@@ -288,7 +288,7 @@ def _check_base(
 ) -> None:
     if not fingerprint:
         return
-    if made_for is None:
+    if not made_for:
         _log.warning(
             "the adapter in %s does not say which weights it was trained on (base %s); its shapes "
             "fit this model, whether its base does cannot be checked",

@@ -230,7 +230,6 @@ class _Readable:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         known = (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError)
-        known += (OverflowError,)  # from a negative offset
         if isinstance(error, known):
             text = " ".join(str(error).split())[:200]
             raise InputError(f"{self._path} is not a readable safetensors file: {text}") from None

@@ -162,7 +162,9 @@ def mutated_shard(draw: Any, header: dict[str, Any], data: bytes) -> bytes:
     raw = mutated_json(draw, header)
     length = len(raw)
     if draw(st.integers(0, 5)) == 0:
-        length = draw(st.sampled_from([0, 1, 7, length - 1, length + 1, 2**31, 2**63, 2**64 - 1]))
+        length = draw(
+            st.sampled_from([0, 1, 7, max(length - 1, 0), length + 1, 2**31, 2**63, 2**64 - 1])
+        )
     return length.to_bytes(8, "little") + raw + mutated_bytes(draw, data)
 
 

@@ -23,6 +23,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes], repo_id: str):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.repo_id = files, repo_id
+        self.others: dict[str, dict[str, bytes]] = {}  # more repositories, which behave
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.tokens: list[str | None] = []
@@ -55,13 +56,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        repo = re.escape(self.server.repo_id)
-        if match := re.fullmatch(f"/api/models/{repo}(/revision/.*)?", path):
-            return self.send_list(body)
-        match = re.fullmatch(f"/{repo}/resolve/[^/]+/(.*)", path)
-        if match is None:
-            return self.refuse("404", "api", body, {"X-Error-Code": "RepoNotFound"})
-        self.send_file(match[1], body)
+        for repo_id, files in {
+            self.server.repo_id: self.server.files,
+            **self.server.others,
+        }.items():
+            repo = re.escape(repo_id)
+            if re.fullmatch(f"/api/models/{repo}(/revision/.*)?", path):
+                return self.send_list(repo_id, files, body)
+            if match := re.fullmatch(f"/{repo}/resolve/[^/]+/(.*)", path):
+                return self.send_file(match[1], files, body)
+        self.refuse("404", "api", body, {"X-Error-Code": "RepoNotFound"})
 
     def note(self, name: str) -> str | None:
         span = self.headers.get("Range")
@@ -70,11 +74,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.server.tokens.append(self.headers.get("Authorization"))
         return self.server.next_fault(name) if self.command == "GET" else None
 
-    def send_list(self, body: bool) -> None:
+    def send_list(self, repo_id: str, files: dict[str, bytes], body: bool) -> None:
         if fault := self.note("api"):
             return self.refuse(fault, "api", body)
         siblings = []
-        for name, data in self.server.files.items():
+        for name, data in files.items():
             entry = {"rfilename": name}
             if self.server.with_sizes:
                 entry |= {"size": len(data), "blobId": git_hash(data)}
@@ -82,12 +86,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     sha256 = hashlib.sha256(data).hexdigest()
                     entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
             siblings.append(entry)
-        answer = {"id": self.server.repo_id, "sha": COMMIT, "siblings": siblings}
+        answer = {"id": repo_id, "sha": COMMIT, "siblings": siblings}
         self.reply(200, json.dumps(answer).encode(), body, {"Content-Type": "application/json"})
 
-    def send_file(self, name: str, body: bool) -> None:
+    def send_file(self, name: str, files: dict[str, bytes], body: bool) -> None:
         fault = self.note(name)
-        data = self.server.files.get(name)
+        data = files.get(name)
         if data is None:
             return self.refuse("404", name, body, {"X-Error-Code": "EntryNotFound"})
         if fault and fault.isdigit():
