@@ -29,6 +29,31 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 _FINGERPRINT_KEY = "base_fingerprint"  # in the safetensors metadata, which PEFT ignores
 _PREFIX = "base_model.model."
+# Settings of PEFT that change what an adapter does and are not implemented.
+_CHANGE_THE_RESULT = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+# What other families call these layers: recipes are copied, and the nearest name would mislead.
+_ELSEWHERE = {
+    "q_proj": "c_attn",
+    "k_proj": "c_attn",
+    "v_proj": "c_attn",
+    "o_proj": "attn.c_proj",
+    "up_proj": "w1",
+    "gate_proj": "w2",
+    "down_proj": "mlp.c_proj",
+}
 
 
 @struct.dataclass
@@ -73,6 +98,8 @@ def target_specs(cfg: ModelConfig, targets: tuple[str, ...]) -> list[ParamSpec]:
         else:
             known = [*by_name, "all"]
             hint = did_you_mean(target, known)
+            if target in _ELSEWHERE:
+                hint = f"; this model calls it {_ELSEWHERE[target]!r}"
             if target == "c_proj":
                 hint = "; there are two: did you mean attn.c_proj, mlp.c_proj or both?"
             raise InputError(
@@ -287,16 +314,25 @@ def _check_config(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, fl
     where = folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type {config.get('peft_type')!r}; only LORA is supported")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
+    for key in _CHANGE_THE_RESULT:
         if config.get(key):
             raise InputError(f"{where}: {key} is {json.dumps(config[key])}; that is not supported")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_INIT_CHANGES_BASE):
+        raise InputError(
+            f"{where}: init_lora_weights {init!r} also changed the base weights; let PEFT convert "
+            "the adapter (path_initial_model_for_weight_conversion)"
+        )
     if config.get("bias", "none") != "none":
         raise InputError(f"{where}: bias {config['bias']!r}; only 'none' is supported")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"{where}: r is {rank!r}; expected a whole number over 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+    # The bound keeps alpha / rank far from where float32 overflows.
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e9:
         raise InputError(f"{where}: lora_alpha is {alpha!r}; expected a number over 0")
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise InputError(f"{where}: use_rslora is {config['use_rslora']!r}; expected true or false")
     return rank, float(alpha)
 
 
@@ -322,7 +358,13 @@ def _take_pair(
                     f"{folder}: {module}.lora_{side}.weight is {tensor.dtype} {tensor.shape}; this "
                     f"model and rank {rank} need a float {shape}"
                 )
-            found[side].append(tensor.astype(np.float32))
+            tensor = tensor.astype(np.float32)
+            if not np.isfinite(tensor).all():
+                raise InputError(
+                    f"{folder}: {module}.lora_{side}.weight has NaN or Inf; use an earlier "
+                    "checkpoint of that training run"
+                )
+            found[side].append(tensor)
     if not found["A"] and not found["B"]:
         return None
     if missing:

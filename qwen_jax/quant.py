@@ -247,6 +247,15 @@ def group_scales(q: QTensor) -> jax.Array:
     return jnp.asarray(DYNAMIC_CODE)[q.scale] * per_scale + q.scale_offset
 
 
+def largest(q: QTensor) -> jax.Array:
+    """A bound on the magnitude of all values, float32 [], from the scales alone; never zero."""
+    if q.kind == "nf4":
+        bound = jnp.max(q.scale_absmax) + q.scale_offset  # the codes of both levels end at 1
+    else:
+        bound = jnp.max(q.scale).astype(jnp.float32) * (127 if q.kind == "int8" else 8)
+    return jnp.maximum(bound, 1e-30)
+
+
 def dequantize(
     q: QTensor,
     dtype: jnp.dtype,

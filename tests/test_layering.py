@@ -15,6 +15,7 @@ ORDER = [
     "kernels",
     "params",
     "adapters",
+    "memory",
     "cache",
     "model",
     "packed",
@@ -24,8 +25,10 @@ ORDER = [
     "sampling",
     "generation_config",
     "engine",
+    "slots",
     "api",
     "cli",
+    "nnx",
 ]
 PROGRAMS = ("convert", "train", "sample")
 
