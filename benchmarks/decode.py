@@ -10,6 +10,7 @@ process.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -49,6 +50,7 @@ class Args:
     context: int = 1024  # tokens already in the cache
     greedy: bool = False  # the likeliest token instead of top-p 0.8 and penalty 1.1
     dispatches: int = 6  # timed dispatches of engine.BLOCK tokens, after two that are not
+    verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
     split: bool = False  # the first batch again, with attention and cache as XLA's small kernels
     check: bool = False  # first compare one layer with its reference
@@ -172,10 +174,11 @@ def check(cfg: ModelConfig) -> None:
             want.astype(jnp.float32)
         )
         pairs = ((cache.k, reference.k), (cache.v, reference.v))
-        slots = [float(jnp.mean(a != b)) for a, b in pairs]
-        print(f"{jnp.dtype(dtype)} cache: relative error {float(error):.1e}, cache differs in "
-              f"{slots} of its elements", flush=True)  # fmt: skip
-        if not error < 0.05 or max(slots) > 0.01:
+        new = want.shape[0] * cfg.hidden_size * 2 / 3  # two of three rows have room
+        wrong = [round(float(jnp.sum(a != b) / new), 4) for a, b in pairs]
+        print(f"{jnp.dtype(dtype)} cache: relative error {float(error):.1e}, new keys and values "
+              f"differ in {wrong} of their elements", flush=True)  # fmt: skip
+        if not error < 0.05 or max(wrong) > 0.3:
             append_attention.choose = lambda *_: "split"
             print("append_attention is not used", flush=True)
 
@@ -205,7 +208,7 @@ def measure(
     kept = tree_bytes([x for x in stacks if x is not None]) * filled / capacity
     limit = (weights + kept) / rate
     memory = jax.local_devices()[0].memory_stats() or {}
-    if args.profile:
+    if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 state, block, _ = engine.decode(*fixed, state)
@@ -247,6 +250,27 @@ def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
     return float(np.median(times))
 
 
+def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) -> float:
+    """Time of one pass over `tokens` new tokens of one row, with all their logits."""
+    cache = filled_cache(cfg, 1, -(-(context + tokens) // 64) * 64, context, params["wte"].dtype)
+    ids = jnp.arange(tokens, dtype=jnp.int32)[None]
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def several(params, cache):
+        def one(_, carry):
+            cache, total = carry
+            hidden, new = packed.forward(cfg, params, ids, cache)
+            total = total + engine.unembed(params, hidden).max()
+            return new.replace(lengths=cache.lengths), total
+
+        return jax.lax.fori_loop(0, 8, one, (cache, jnp.float32(0)))
+
+    cache, _ = jax.block_until_ready(several(params, cache))
+    began = time.perf_counter()
+    jax.block_until_ready(several(params, cache))
+    return (time.perf_counter() - began) / 8
+
+
 def main(argv=None):
     args = parse(Args, argv)
     if args.peer:
@@ -262,7 +286,7 @@ def main(argv=None):
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     rate = bandwidth()
     print(f"row sums read {rate / 1e12:.2f} TB/s", flush=True)
-    if args.check:
+    if args.check and not args.toy:
         check(cfg)
     if args.toy:
         fmt = QuantFormat.named("int4")
@@ -281,6 +305,9 @@ def main(argv=None):
             print("attention and cache as small kernels:", flush=True)
             append_attention.choose = lambda *_: "split"
             jax.clear_caches()
+    for tokens in (1, args.verify) if args.verify else ():
+        seconds = verify_seconds(cfg, params, args.context, tokens)
+        print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)
     if args.prefill:
         seconds = prefill_seconds(cfg, params, args.prefill)
         print(f"prefill of {args.prefill} tokens: {seconds:.3f} s", flush=True)
