@@ -48,7 +48,7 @@ def straight(
     tiling: Tiling | None = None,
 ) -> jax.Array:  # [O, I]
     """One layer as it lies."""
-    body = _Straight(**_sizes(q), tiling=tiling or Tiling(), bytes=jnp.dtype(dtype).itemsize)
+    body = Straight(**sizes(q), tiling=tiling or Tiling(), bytes=jnp.dtype(dtype).itemsize)
     return _call(body, layer, q, factor, jax.ShapeDtypeStruct((body.O, body.I), dtype))
 
 
@@ -63,11 +63,11 @@ def turned(
     """One layer transposed in memory."""
     if jnp.dtype(dtype).itemsize != 1:
         raise NotImplementedError(f"turned weights are written as float8_e4m3fn only, not {dtype}")
-    body = _Turned(**_sizes(q), tiling=tiling or Tiling())
+    body = Turned(**sizes(q), tiling=tiling or Tiling())
     return _call(body, layer, q, factor, jax.ShapeDtypeStruct((body.I, body.O), dtype))
 
 
-def _sizes(q: QTensor) -> dict:
+def sizes(q: QTensor) -> dict:
     if q.kind not in GROUPS:
         raise NotImplementedError(f"weights of kind {q.kind}: the kernel reads {list(GROUPS)}")
     out, I = q.shape[1:-1], q.shape[-1]
@@ -79,14 +79,18 @@ def _sizes(q: QTensor) -> dict:
     return {"kind": q.kind, "O": int(np.prod(out)), "I": I}
 
 
-def _call(body, layer, q: QTensor, factor, out: jax.ShapeDtypeStruct) -> jax.Array:
+def operands(layer: jax.Array, q: QTensor, factor: jax.Array | None) -> list[jax.Array]:
+    """What a body reads, in its order."""
     table = np.tile(CODES[q.kind], 2)  # [32]: one for each lane
     inputs = [layer.astype(jnp.int32).reshape(1), q.data, jnp.asarray(table), q.scale]
     if q.kind == "nf4":
         inputs += [q.scale_absmax, q.scale_offset, jnp.asarray(DYNAMIC_CODE)]
     if factor is not None:
         inputs.append(factor.astype(jnp.float32).reshape(1))
+    return inputs
 
+
+def _call(body, layer, q: QTensor, factor, out: jax.ShapeDtypeStruct) -> jax.Array:
     def kernel(*refs):
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
 
@@ -100,7 +104,7 @@ def _call(body, layer, q: QTensor, factor, out: jax.ShapeDtypeStruct) -> jax.Arr
         scratch_types=[plgpu.SMEM((body.smem_bytes // 4,), jnp.uint32)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
-    return run(*inputs)
+    return run(*operands(layer, q, factor))
 
 
 def _load(kind: str, at: ptx.Value, offset: int = 0) -> ptx.Value:
@@ -205,7 +209,7 @@ class _Layer:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Straight:
+class Straight:
     """[O, I] to [O, I]: each lane reads 8 or 16 codes and stores 16 bytes, as its neighbours do."""
 
     kind: str
@@ -273,7 +277,7 @@ def _load_words(count: int, at: ptx.Value, offset: int) -> list[ptx.Value]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Turned:
+class Turned:
     """[O, I] to e4m3 [I, O]: a warp packs along its 16 rows, a block swaps axes in shared memory.
 
     The tile in shared memory has a line for each input, 16 bytes of it from each warp. Lane l
