@@ -48,7 +48,7 @@ def straight(
     tiling: Tiling | None = None,
 ) -> jax.Array:  # [O, I]
     """One layer as it lies."""
-    body = Straight(**sizes(q), tiling=tiling or Tiling(), bytes=jnp.dtype(dtype).itemsize)
+    body = check(q, dtype, False, tiling)
     return _call(body, layer, q, factor, jax.ShapeDtypeStruct((body.O, body.I), dtype))
 
 
@@ -61,10 +61,20 @@ def turned(
     tiling: Tiling | None = None,
 ) -> jax.Array:  # [I, O]
     """One layer transposed in memory."""
-    if jnp.dtype(dtype).itemsize != 1:
-        raise NotImplementedError(f"turned weights are written as float8_e4m3fn only, not {dtype}")
-    body = Turned(**sizes(q), tiling=tiling or Tiling())
+    body = check(q, dtype, True, tiling)
     return _call(body, layer, q, factor, jax.ShapeDtypeStruct((body.I, body.O), dtype))
+
+
+def check(
+    q: QTensor, dtype: jnp.dtype, turned: bool, tiling: Tiling | None = None
+) -> "Straight | Turned":
+    """The body that serves, or NotImplementedError with the reason that none does."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in ((jnp.float8_e4m3fn,) if turned else (jnp.bfloat16, jnp.float8_e4m3fn)):
+        raise NotImplementedError(f"{dtype} {'turned' if turned else 'straight'} is not written")
+    if turned:
+        return Turned(**sizes(q), tiling=tiling or Tiling()).checked()
+    return Straight(**sizes(q), tiling=tiling or Tiling(), bytes=dtype.itemsize).checked()
 
 
 def sizes(q: QTensor) -> dict:
@@ -221,12 +231,15 @@ class Straight:
 
     @property
     def blocks(self) -> int:
+        return self.O * self.I // (CHUNK * self.tiling.warps * self.tiling.turns)
+
+    def checked(self) -> "Straight":
         size, step = self.O * self.I, CHUNK * self.tiling.warps * self.tiling.turns
         if size % step or size * self.bytes >= 2**32:
             raise NotImplementedError(
                 f"a weight of {self.O} x {self.I} is not a multiple of {step} values below 4 GiB"
             )
-        return size // step
+        return self
 
     def __call__(self, ctx, *refs) -> None:
         *inputs, out_ref, _ = refs
@@ -301,12 +314,15 @@ class Turned:
 
     @property
     def blocks(self) -> int:
+        return self.O // self.line * (self.I // TILE_INPUTS)
+
+    def checked(self) -> "Turned":
         if self.O % self.line or self.I % TILE_INPUTS or self.tiling.warps not in (8, 16):
             raise NotImplementedError(
                 f"a weight of {self.O} x {self.I} is not cut by tiles of {self.line} x "
                 f"{TILE_INPUTS} (8 or 16 warps)"
             )
-        return self.O // self.line * (self.I // TILE_INPUTS)
+        return self
 
     def __call__(self, ctx, *refs) -> None:
         *inputs, out_ref, smem_ref = refs
