@@ -155,14 +155,14 @@ def measure(cfg: ModelConfig, args: Args, params: dict, batch: int, rate: float)
     requests, state = start(cfg, args, batch, capacity, dtype)
     fixed = (cfg, None, cfg.vocab_size, params, None, requests)
     began = time.perf_counter()
-    state, block, _ = engine._decode(*fixed, state)
+    state, block, _ = engine.decode(*fixed, state)
     jax.block_until_ready(block)
     compile_seconds = time.perf_counter() - began
-    state, block, _ = engine._decode(*fixed, state)
+    state, block, _ = engine.decode(*fixed, state)
     jax.block_until_ready(block)
     began = time.perf_counter()
     for _ in range(args.dispatches):
-        state, block, _ = engine._decode(*fixed, state)
+        state, block, _ = engine.decode(*fixed, state)
     jax.block_until_ready(block)
     seconds = (time.perf_counter() - began) / (args.dispatches * engine.BLOCK)
     filled = args.context + tokens // 2
@@ -174,7 +174,7 @@ def measure(cfg: ModelConfig, args: Args, params: dict, batch: int, rate: float)
     if args.profile:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                state, block, _ = engine._decode(*fixed, state)
+                state, block, _ = engine.decode(*fixed, state)
                 jax.block_until_ready(block)
             print(kernel_table(pathlib.Path(folder), engine.BLOCK, top=24), flush=True)
     return {

@@ -7,6 +7,8 @@ With dtype int8 each key and each value of a head has one scale, absmax / 127, a
 memory (130 bytes instead of 256 for a head of 128).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -50,16 +52,17 @@ def abstract_cache(
     return KVCache(k=kv, v=kv, lengths=rows, ntk=rows, k_scale=scale, v_scale=scale)
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def init_cache(
     cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens."""
     abstract = abstract_cache(cfg, batch, capacity, dtype, mesh)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
-        out_shardings=None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract),
-    )
-    return make()
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    if mesh is None:
+        return cache
+    layouts = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.lax.with_sharding_constraint(cache, layouts)
 
 
 def write(

@@ -169,7 +169,8 @@ def _last_value(flag: str, argv: Sequence[str]) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a program's main; what the user or the machine caused is one line, see the module."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # force: a library that logs while it is imported has set the root up already.
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("absl", "jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character

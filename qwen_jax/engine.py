@@ -47,9 +47,9 @@ _SMALLEST_BUCKET = 64
 # Doubling wastes memory in a long cache; from here on capacity grows in steps of this.
 _CAPACITY_STEP = 1024
 # New tokens for which the first cache has room.
-_FIRST_ROOM = 512
+FIRST_ROOM = 512
 # Stands in a block where a row has no more tokens.
-_NOTHING = -1
+NOTHING = -1
 
 
 @struct.dataclass
@@ -119,22 +119,22 @@ class Engine:
         answers: list[list[int]] = [[] for _ in prompts]
         if not prompts:
             return answers
-        for block in self._blocks(self._check(prompts), params):
+        for block in self._blocks(self.check(prompts), params):
             for answer, ids in zip(answers, block, strict=False):
-                answer.extend(ids[ids != _NOTHING].tolist())
+                answer.extend(ids[ids != NOTHING].tolist())
         return answers
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """The ids that `generate` gives for one prompt, as each dispatch brings them."""
-        prompts = self._check([prompt])  # here, not at the first id
+        prompts = self.check([prompt])  # here, not at the first id
 
         def ids() -> Iterator[int]:
             for block in self._blocks(prompts, [params]):
-                yield from block[0][block[0] != _NOTHING].tolist()
+                yield from block[0][block[0] != NOTHING].tolist()
 
         return ids()
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def check(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         return [
             check_ids(prompt, self.n_vocab, f"prompt {number}")
             for number, prompt in enumerate(prompts, start=1)
@@ -142,25 +142,25 @@ class Engine:
 
     def _blocks(
         self, prompts: list[np.ndarray], params: list[SamplingParams]
-    ) -> Iterator[np.ndarray]:  # int32 [B, tokens], _NOTHING where a row has none
+    ) -> Iterator[np.ndarray]:  # int32 [B, tokens], NOTHING where a row has none
         """Runs the batch, block by block."""
-        tokens, counts = self._pad(prompts)
+        tokens, counts = self.pad(prompts)
         B, longest = len(tokens), int(counts.max())
-        requests = self._requests(params, B)
+        requests = self.requests(params, B)
         most = max(p.max_new_tokens for p in params)
-        capacity = _capacity(longest + min(most, _FIRST_ROOM))
+        capacity = round_capacity(longest + min(most, FIRST_ROOM))
         cache = init_cache(self.cfg, B, capacity, self.cache_dtype, self.mesh)
         fixed = (self.cfg, self.mesh, self.n_vocab, self.params, self.lora, requests)
-        state, block, done = _prefill(*fixed, cache, tokens, counts)
+        state, block, done = prefill(*fixed, cache, tokens, counts)
         filled = longest
         while filled + 1 < longest + most:
             # The last room need not hold a whole block: rows that reach their limit stop writing.
             if min(filled + BLOCK, longest + most) > state.cache.capacity:
-                capacity = _capacity(
+                capacity = round_capacity(
                     min(2 * state.cache.capacity, state.cache.capacity + _CAPACITY_STEP)
                 )
-                state = state.replace(cache=_grow(self.cfg, self.mesh, state.cache, capacity))
-            state, next_block, next_done = _decode(*fixed, state)
+                state = state.replace(cache=grow(self.cfg, self.mesh, state.cache, capacity))
+            state, next_block, next_done = decode(*fixed, state)
             filled += BLOCK
             yield np.asarray(block)
             if np.asarray(done).all():
@@ -168,7 +168,7 @@ class Engine:
             block, done = next_block, next_done
         yield np.asarray(block)
 
-    def _pad(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def pad(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """tokens int32 [B, T] and counts int32 [B]; extra rows hold one token and are ignored."""
         B = padded_rows(_power_of_two(len(prompts)), self.mesh)
         T = max(_SMALLEST_BUCKET, _power_of_two(max(map(len, prompts))))
@@ -177,7 +177,7 @@ class Engine:
             tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
         return tokens, counts
 
-    def _requests(self, params: list[SamplingParams], B: int) -> Requests:
+    def requests(self, params: list[SamplingParams], B: int) -> Requests:
         limits = [p.max_new_tokens for p in params] + [0] * (B - len(params))
         params = params + [SamplingParams(greedy=True)] * (B - len(params))
         return Requests(
@@ -213,13 +213,13 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _capacity(n: int) -> int:
+def round_capacity(n: int) -> int:
     if n <= _CAPACITY_STEP:
         return max(_SMALLEST_BUCKET, _power_of_two(n))
     return math.ceil(n / _CAPACITY_STEP) * _CAPACITY_STEP
 
 
-def _pin(cfg: ModelConfig, mesh: Mesh | None, state: DecodeState) -> DecodeState:
+def pin(cfg: ModelConfig, mesh: Mesh | None, state: DecodeState) -> DecodeState:
     """Fixes the layouts between dispatches: a layout that changed would compile a second time."""
     if mesh is None or mesh.size == 1:
         return state
@@ -252,7 +252,7 @@ def _choose(
     logits = mask_padded_vocab(logits, n_vocab)
     token = sample(logits, seen, requests.rows, step_keys(requests.keys, steps))
     stopped = jnp.any(token[:, None] == requests.stops, axis=1)
-    out = jnp.where(done | stopped, _NOTHING, token)
+    out = jnp.where(done | stopped, NOTHING, token)
     steps = steps + 1
     state = DecodeState(
         cache=cache,
@@ -265,7 +265,7 @@ def _choose(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="cache")
-def _prefill(
+def prefill(
     cfg: ModelConfig,
     mesh: Mesh | None,
     n_vocab: int,
@@ -282,11 +282,11 @@ def _prefill(
     seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
     steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
     state, out = _choose(params, mesh, n_vocab, requests, last, cache, seen, steps, done)
-    return _pin(cfg, mesh, state), out[:, None], state.done
+    return pin(cfg, mesh, state), out[:, None], state.done
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def _decode(
+def decode(
     cfg: ModelConfig,
     mesh: Mesh | None,
     n_vocab: int,
@@ -306,13 +306,13 @@ def _decode(
             params, mesh, n_vocab, requests,
             hidden[:, 0], cache, state.seen, state.steps, state.done,
         )  # fmt: skip
-        return index + 1, _pin(cfg, mesh, state), block.at[:, index].set(out)
+        return index + 1, pin(cfg, mesh, state), block.at[:, index].set(out)
 
     def goes_on(carry):
         index, state, _ = carry
         return (index < BLOCK) & ~jnp.all(state.done)
 
-    block = jnp.full((state.done.shape[0], BLOCK), _NOTHING, jnp.int32)
+    block = jnp.full((state.done.shape[0], BLOCK), NOTHING, jnp.int32)
     _, state, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, block))
     return state, block, state.done
 
@@ -325,7 +325,7 @@ def _forward(cfg, mesh, params, lora, tokens, cache, counts, *, fresh: bool):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _grow(cfg: ModelConfig, mesh: Mesh | None, cache: KVCache, capacity: int) -> KVCache:
+def grow(cfg: ModelConfig, mesh: Mesh | None, cache: KVCache, capacity: int) -> KVCache:
     """The same cache with room for `capacity` tokens."""
     more = capacity - cache.capacity
 

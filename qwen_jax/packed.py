@@ -9,6 +9,7 @@ scan runs over layer numbers and every large product reads the whole stack at th
 nothing is copied, and that up and gate are one product. It knows no sampling and no LoRA.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention
-from qwen_jax.kernels.decode_matmul import decode_matmul
+from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts
 from qwen_jax.kernels.packing import PackedWeight, can_pack, pack
+from qwen_jax.kernels.residual_norm import residual_norm
 from qwen_jax.model import Params, embed, logn_scale, ntk_row, rms_norm, rope, rope_angles
 from qwen_jax.quant import QTensor
 
@@ -103,28 +105,37 @@ def forward(
         y = decode_attention(rows, *stacks, index, visible, implementation=implementation)
         return y.reshape(q.shape)
 
-    def layer(carry: tuple[jax.Array, KVCache], index: jax.Array) -> Any:
-        x, cache = carry
-        at = lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False)  # noqa: E731
-        product = lambda x, w: decode_matmul(x, w, index, implementation=implementation)  # noqa: E731
+    def layer(carry: Any, index: jax.Array) -> Any:
+        # x [B*T, D] lacks the last product, which comes as parts: the norm adds them as it reads.
+        x, parts, cache = carry
         attn, mlp = layers["attn"], layers["mlp"]
         with jax.named_scope("attention"):
-            y = rms_norm(x, at(layers["ln_1"]), cfg.norm_eps)
-            qkv = product(y, attn["wqkv"]) + at(attn["bqkv"])  # [B, T, 3, N, H]
-            q, k, v = rope(qkv[:, :, 0], *angles), rope(qkv[:, :, 1], *angles), qkv[:, :, 2]
+            x, y = norm(x, parts, layers["ln_1"], index)
+            bias = jax.lax.dynamic_index_in_dim(attn["bqkv"], index, 0, keepdims=False)
+            qkv = decode_matmul(y, attn["wqkv"], index, implementation=implementation) + bias
+            q, k, v = (qkv[:, i].reshape(B, T, *qkv.shape[2:]) for i in range(3))
+            q, k = rope(q, *angles), rope(k, *angles)
             if logn is not None:
                 q = q * logn.astype(q.dtype)
             cache = kv.write(cache, index, k, v)
-            y = attend(q, k, v, cache, index)
-            x = x + product(y.reshape(B, T, -1), attn["wo"])
+            y = attend(q, k, v, cache, index).reshape(B * T, -1)
+            parts = decode_parts(y, attn["wo"], index, implementation=implementation)
         with jax.named_scope("mlp"):
-            y = rms_norm(x, at(layers["ln_2"]), cfg.norm_eps)
-            up_gate = product(y, mlp["up_gate"])  # [B, T, 2, F]
-            y = up_gate[:, :, 0] * jax.nn.silu(up_gate[:, :, 1])
-            x = x + product(y, mlp["down"])
-        return (x, cache), None
+            x, y = norm(x, parts, layers["ln_2"], index)
+            up_gate = decode_matmul(y, mlp["up_gate"], index, implementation=implementation)
+            y = up_gate[:, 0] * jax.nn.silu(up_gate[:, 1])
+            parts = decode_parts(y, mlp["down"], index, implementation=implementation)
+        return (x, parts, cache), None
 
-    x = embed(params, tokens, None)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), jnp.arange(cfg.num_layers))
+    def norm(x, parts, weight, index):
+        return residual_norm(x, parts, weight, index, cfg.norm_eps, implementation=implementation)
+
+    x = embed(params, tokens, None).reshape(B * T, -1)
+    y = jax.ShapeDtypeStruct((B * T, cfg.ffn_size), x.dtype)
+    down = functools.partial(decode_parts, implementation=implementation)
+    parts = jax.eval_shape(down, y, layers["mlp"]["down"], jnp.int32(0))
+    parts = jnp.zeros(parts.shape, parts.dtype)
+    (x, parts, cache), _ = jax.lax.scan(layer, (x, parts, cache), jnp.arange(cfg.num_layers))
+    x = (x + parts.sum(0).astype(x.dtype)).reshape(B, T, -1)
     cache = cache.replace(lengths=cache.lengths + counts, ntk=ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache

@@ -24,8 +24,10 @@ ORDER = [
     "sampling",
     "generation_config",
     "engine",
+    "slots",
     "api",
     "cli",
+    "nnx",
 ]
 PROGRAMS = ("convert", "train", "sample")
 

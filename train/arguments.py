@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 from qwen_jax.errors import UsageError, did_you_mean
+from qwen_jax.kernels.qmatmul import COMPUTE
 from train.step import SCHEDULES
 
 KINDS = {4: ("nf4", "int4"), 8: ("int8",)}  # quantization_bit -> kinds; the first is made
@@ -17,6 +18,7 @@ _CHOICES = {
     "template": ("qwen", "chatml", "default"),  # three names of Qwen v1's one template
     "lr_scheduler_type": SCHEDULES,
     "save_strategy": ("steps", "epoch", "no"),
+    "compute": COMPUTE,
     "quantization_bit": (None, *KINDS),
     "do_train": (True,),
 }
@@ -29,7 +31,7 @@ _COUNTS = (
     "cutoff_len",
     "max_samples",
 )
-_POSITIVE = ("lora_alpha", "learning_rate", "num_train_epochs")
+_POSITIVE = ("lora_alpha", "learning_rate", "num_train_epochs", "device_memory")
 _NOT_NEGATIVE = ("warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
 # int32 steps, and seeds of 32 bits: jax.random.key drops the rest.
 _MOST = {
@@ -77,9 +79,18 @@ class Args:
     """compute in bfloat16; otherwise in the dtype of the checkpoint"""
     fp16: bool = False
     """refused: it overflows in this model"""
-    remat: str = "full"
-    """recomputed in the backward pass: full (least memory), attention, selective, none, or by
-    layers, such as selective:44,full:36"""
+    compute: str = "bf16"
+    """products with frozen weights: bf16 (the dtype of the activations), or fp8 (e4m3, faster and
+    coarser; Hopper and later)"""
+    remat: str = "auto"
+    """recomputed in the backward pass: full (least memory), attention, selective, none, by layers
+    such as selective:44,full:36, or auto (the fastest that fits)"""
+    offload_embedding: bool = False
+    """keep the embedding table in host memory and look rows up there: 2.5 GB less for 72B"""
+    device_memory: float | None = None
+    """GB of each device to plan for; unset: what this machine's devices have"""
+    plan: bool = False
+    """print the memory that the run would need, and stop; needs no weights, only config.json"""
 
     cutoff_len: int = 2048
     """tokens after which a row is cut"""

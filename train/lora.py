@@ -11,6 +11,7 @@ arithmetic on the step, and everything else that changes is in the state.
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -22,20 +23,24 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from qwen_jax import runtime
 from qwen_jax.adapters import abstract_lora, describe_trainable, init_lora, save_peft
 from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
+from qwen_jax.memory import device_limit
 from qwen_jax.params import tree_bytes
-from qwen_jax.sharding import check_tensor_axis, make_mesh, parse_mesh
+from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
 from train.arguments import Args, check
 from train.base import load_base
-from train.batches import Example, batches
+from train.batches import Example, batches, bucket_length
 from train.data import load_dataset
-from train.plan import ModelPlan, Plan
+from train.memory import REMEDY, decide
+from train.plan import ModelPlan, Plan, planned_manifest
 from train.report import Report
 from train.state import find_start, load_state, prepare_output, save_checkpoint
 from train.step import (
+    Compute,
     TrainState,
     abstract_state,
     batch_sharding,
@@ -48,9 +53,13 @@ from train.step import (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Decides and says all that can be known without weights, then trains."""
+    runtime.configure()
     args = parse(Args, argv)
     check(args)
     sizes = parse_mesh(args.mesh)
+    if args.plan:
+        print_plan(args, sizes)
+        return
     mesh = make_mesh(sizes)  # first: it may have to ask for virtual devices
     resume_from = find_start(args)
 
@@ -73,9 +82,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"dataset {args.dataset}: {dataset.summary()}")
     plan = Plan.make(args, model, sizes, len(dataset.examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
-    # All is decided and nothing large is loaded yet: the memory that it needs can be said here.
+    longest = max(len(example.ids) for example in dataset.examples)
+    length = bucket_length(longest, args.cutoff_len)
+    remat, budget = decide(args, model, sizes, length, device_limit(mesh.devices.flat[0]))
+    print(f"memory of each device at {length} tokens a row:\n{budget.describe()}")
+    budget.check(REMEDY)
 
-    train(args, plan, dataset.examples, tokenizer.eod_id, mesh, resume_from)
+    compute = Compute(remat=remat, products=args.compute, mesh=mesh)
+    train(args, plan, dataset.examples, tokenizer.eod_id, compute, resume_from)
+
+
+def print_plan(args: Args, sizes: dict[str, int]) -> None:
+    """What --plan prints: from the parameter table, with no weights and on any machine."""
+    manifest = planned_manifest(args.model_name_or_path)
+    model = ModelPlan.make(args, manifest)
+    remat, budget = decide(args, model, sizes, bucket_length(args.cutoff_len, args.cutoff_len), 0)
+    print(describe_trainable(manifest.config, model.lora))
+    print(f"memory of each of {math.prod(sizes.values())} devices ({describe_mesh(sizes)}), "
+          f"rows of {args.cutoff_len} tokens, remat {remat}:\n{budget.describe()}")  # fmt: skip
+    budget.check(REMEDY)
 
 
 def train(
@@ -83,11 +108,11 @@ def train(
     plan: Plan,
     examples: Sequence[Example],
     pad_id: int,
-    mesh: Mesh,
+    compute: Compute,
     resume_from: pathlib.Path | None,
 ) -> None:
     """The run itself: state, base and compiled step, then step by step to the finished adapter."""
-    model, cfg = plan.model, plan.model.manifest.config
+    model, cfg, mesh = plan.model, plan.model.manifest.config, compute.mesh
     schedule = make_schedule(args.lr_scheduler_type, args.learning_rate, plan.total, plan.warmup)
     optimizer = make_optimizer(
         schedule, max_grad_norm=args.max_grad_norm, weight_decay=args.weight_decay
@@ -96,6 +121,7 @@ def train(
     state = start_state(plan, settings, optimizer, mesh, resume_from)
     folder = prepare_output(args, resume_from)
     params = load_base(args.model_name_or_path, model.dtype, model.quantize_to, mesh)
+    table = np.asarray(params.pop("wte")) if args.offload_embedding else None
     print(f"base {tree_bytes(params) / 1e9:.2f} GB over {mesh.size} devices", flush=True)
     save_adapter = functools.partial(
         save_peft,
@@ -104,7 +130,7 @@ def train(
         base_name=args.model_name_or_path,
         fingerprint=model.manifest.fingerprint,
     )
-    step_fn = compile_step(cfg, optimizer, schedule, state, params, remat=model.remat, mesh=mesh)
+    step_fn = compile_step(cfg, optimizer, schedule, state, params, compute)
 
     first = int(state.step)
     report = Report(
@@ -118,7 +144,7 @@ def train(
         for step, batch in batches(
             examples, plan.batches, first, plan.total, cutoff_len=args.cutoff_len, pad_id=pad_id
         ):
-            state, metrics = step_fn(state, params, micro_batches(batch, plan, mesh))
+            state, metrics = step_fn(state, params, micro_batches(batch, plan, mesh, table))
             done = step + 1
             report.add(done, metrics, int(batch["lengths"].sum()))
             if interrupted or save_due(args, plan, done):
@@ -155,12 +181,16 @@ def micro_batches(
     batch: dict[str, np.ndarray],  # tokens, loss_mask [A * B, T]
     plan: Plan,
     mesh: Mesh,
-) -> dict[str, jax.Array]:  # [A, B, T]
+    table: np.ndarray | None = None,  # [V, D]: an embedding that stays on the host
+) -> dict[str, jax.Array]:  # [A, B, T], and embedded [A, B, T, D] with a table
     """The rows of a step, cut into its micro batches and laid out over the devices."""
     layout = batch_sharding(mesh)
+    rows = {name: batch[name] for name in ("tokens", "loss_mask")}
+    if table is not None:
+        rows["embedded"] = table[batch["tokens"]]
     return {
-        name: jax.device_put(batch[name].reshape(plan.accumulation, plan.rows, -1), layout)
-        for name in ("tokens", "loss_mask")
+        name: jax.device_put(x.reshape(plan.accumulation, plan.rows, *x.shape[1:]), layout)
+        for name, x in rows.items()
     }
 
 

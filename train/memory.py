@@ -12,12 +12,18 @@ import numpy as np
 
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.config import ModelConfig
-from qwen_jax.memory import Budget, abstract_mesh, device_bytes, weight_bytes
+from qwen_jax.memory import GB, Budget, abstract_mesh, device_bytes, weight_bytes
 from qwen_jax.params import param_table
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat, saved_values
+from train.arguments import Args
 from train.loss import CHUNK_TOKENS
+from train.plan import ModelPlan
 
+REMEDY = (
+    "use --remat full, a smaller --per_device_train_batch_size or --cutoff_len, "
+    "--offload_embedding, --quantization_bit 4, or more devices (--mesh fsdp=N)"
+)
 # Kept free for the allocator's gaps and what cuDNN and cuBLAS ask for themselves.
 MARGIN = 0.03
 
@@ -105,6 +111,35 @@ class Workload:
         room -= layers * step
         kept = int(room // (self.saved_bytes("selective") - self.saved_bytes(base)))
         return _mixed(layers, ("selective", max(0, kept)), base)
+
+
+def workload(args: Args, model: ModelPlan, sizes: dict[str, int], length: int) -> Workload:
+    """The workload of a run whose longest padded row has `length` tokens."""
+    return Workload(
+        cfg=model.manifest.config,
+        format=model.format,
+        dtype=model.dtype,
+        lora=model.lora,
+        sizes=sizes,
+        rows=args.per_device_train_batch_size,
+        length=length,
+        accumulation=args.gradient_accumulation_steps,
+        offload_embedding=args.offload_embedding,
+    )
+
+
+def decide(
+    args: Args, model: ModelPlan, sizes: dict[str, int], length: int, limit: int
+) -> tuple[Remat, Budget]:
+    """The remat of a run and its memory on a device that offers `limit` bytes (0: unknown)."""
+    work = workload(args, model, sizes, length)
+    if args.device_memory:
+        limit = int(args.device_memory * GB)
+    if args.remat == "auto":
+        remat = work.choose_remat(limit)
+    else:
+        remat = Remat.parse(args.remat, work.cfg.num_layers)
+    return remat, work.budget(remat, limit)
 
 
 def _mixed(layers: int, first: tuple[str, int], rest: str) -> Remat:

@@ -1,22 +1,32 @@
 """What a run will do, known from flags, manifest and number of examples, before any weights.
 
-    Args + Manifest -> base format, dtype, LoraConfig, Remat;  + mesh sizes, examples -> Plan
+    Args + Manifest -> base format, dtype, LoraConfig;  + mesh sizes, examples -> Plan
 
-Nothing here touches a device or a file.
+Nothing here touches a device or weights.
 """
 
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 from qwen_jax.adapters import LoraConfig, target_specs
-from qwen_jax.checkpoint import Manifest
+from qwen_jax.checkpoint import MANIFEST_NAME, Manifest, load_manifest
+from qwen_jax.config import load_hf_config
 from qwen_jax.quant import QuantFormat
-from qwen_jax.remat import Remat
 from qwen_jax.sharding import describe_mesh
 from train.arguments import Args
 from train.base import quantized_base
 from train.batches import BatchPlan
+
+
+def planned_manifest(path: str) -> Manifest:
+    """The manifest of a checkpoint, or, before any conversion, what config.json alone says."""
+    folder = pathlib.Path(path)
+    if (folder / MANIFEST_NAME).exists() or not (folder / "config.json").exists():
+        return load_manifest(folder)
+    config = load_hf_config(folder)
+    return Manifest(config=config, dtype="bfloat16", quantization=None, fingerprint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +38,6 @@ class ModelPlan:
     quantize_to: QuantFormat | None  # in which it must be quantized first, in memory
     dtype: str
     lora: LoraConfig
-    remat: Remat
 
     @classmethod
     def make(cls, args: Args, manifest: Manifest) -> "ModelPlan":
@@ -43,7 +52,6 @@ class ModelPlan:
                 alpha=2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha,
                 targets=tuple(name.strip() for name in args.lora_target.split(",") if name.strip()),
             ),
-            remat=Remat.parse(args.remat, manifest.config.num_layers),
         )
 
 
@@ -92,6 +100,7 @@ class Plan:
             "fingerprint": manifest.fingerprint,
             "quantization": fmt.kind if fmt else None,
             "dtype": self.model.dtype,
+            "compute": args.compute,
             "targets": [spec.lora_target for spec in specs],
             "lora_rank": lora.rank,
             "lora_alpha": float(lora.alpha),

@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.kernels.decode_matmul import on_hopper
+
 _log = logging.getLogger(__name__)
 
 
@@ -61,24 +63,23 @@ def _floats(x: jax.Array, scale: jax.Array | None, layer: jax.Array) -> jax.Arra
 def _mosaic(q, k, v, k_scale, v_scale, layer, visible) -> jax.Array:
     from qwen_jax.kernels import _pallas_decode_attention
 
-    # Enough thread blocks for 132 multiprocessors; a cluster has at most 8.
+    # Measured at 64 heads (benchmarks/decode_attention.py): few large blocks while there are few
+    # pairs of row and head, small ones when there are many; clusters only where blocks are lacking.
     pairs = q.shape[0] * q.shape[1]
     splits = 1
-    while splits < 8 and pairs * splits < 256:
+    while splits < 8 and pairs * splits < (128 if k_scale is not None else 64):
         splits *= 2
+    warps = 16 if pairs * splits <= 128 else 4
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     return _pallas_decode_attention.decode_attention(
-        index, visible, q, k, v, k_scale, v_scale, splits=splits
+        index, visible, q, k, v, k_scale, v_scale, warps=warps, splits=splits
     )
 
 
 def choose(q: jax.Array, k: jax.Array) -> str:
     """The kernel for bfloat16 heads of 128 on a Hopper card, XLA otherwise."""
-    good = q.shape[-1] == 128 and q.dtype == jnp.bfloat16 and k.dtype in (jnp.bfloat16, jnp.int8)
-    hopper = jax.default_backend() == "gpu" and (
-        str(jax.local_devices()[0].compute_capability) == "9.0"
-    )
-    chosen = "mosaic" if good and hopper else "xla"
+    fits = q.shape[-1] == 128 and k.dtype in (jnp.bfloat16, jnp.int8)
+    chosen = "mosaic" if fits and on_hopper(q.dtype) else "xla"
     _say_once(chosen)
     return chosen
 

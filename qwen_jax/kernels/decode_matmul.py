@@ -8,7 +8,6 @@ before the call. It knows no model.
 
 import functools
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +27,33 @@ def decode_matmul(
     *,
     implementation: str | None = None,  # "mosaic" or "xla"; None chooses
 ) -> jax.Array:  # [..., *O], in x's dtype
-    """Multiplies with one layer of a packed stack; sums in float32, rounded once.
+    """Multiplies with one layer of a packed stack; sums in float32, rounded once."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = decode_parts(flat, w, layer, implementation=implementation).sum(0)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], *w.out_shape)
+
+
+def decode_parts(
+    x: jax.Array,  # [M, I]
+    w: PackedWeight,
+    layer: jax.Array,  # int32 []
+    *,
+    implementation: str | None = None,
+) -> jax.Array:  # float32 [P, M, N]
+    """The same as P parts whose sum over the first axis is the product: the next operation adds
+    them up as it reads.
 
     A named implementation never falls back; the automatic choice takes the kernel for up to
     `MAX_ROWS` rows in bfloat16 on a Hopper card, else dequantizes in front of a GEMM.
     """
-    if x.shape[-1] != w.in_size:
-        raise ValueError(f"x has {x.shape[-1]} inputs, the packed weight expects {w.in_size}")
-    rows = math.prod(x.shape[:-1])
-    flat = x.reshape(rows, w.in_size)
-    chosen = implementation or choose(flat, w)
+    if x.ndim != 2 or x.shape[-1] != w.in_size:
+        raise ValueError(f"x is {x.shape}, the packed weight expects [M, {w.in_size}]")
+    chosen = implementation or choose(x, w)
     if chosen == "mosaic":
-        y = _mosaic(flat, w, layer)
-    elif chosen == "xla":
-        y = decode_matmul_xla(flat, w, layer)
-    else:
+        return _mosaic(x, w, layer)
+    if chosen != "xla":
         raise ValueError(f"decode_matmul implementation {chosen!r}: expected 'mosaic' or 'xla'")
-    return y.astype(x.dtype).reshape(*x.shape[:-1], *w.out_shape)
+    return decode_matmul_xla(x, w, layer)[None]
 
 
 def decode_matmul_xla(
@@ -68,7 +77,7 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
     tiling = _pallas_qmatmul.tiling_for(rows, w.rows, w.padded_size, w.kind)
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     y = _pallas_qmatmul.split_matmul(index, x, w.codes, w.scale, tiling=tiling, kind=w.kind)
-    y = y.sum(0)[:M]
+    y = y[:, :M]
     if w.kind == "int8":
         y = y * jax.lax.dynamic_index_in_dim(w.scale, layer, 0, keepdims=False)
     return y
@@ -76,14 +85,14 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
 
 def choose(x: jax.Array, w: PackedWeight) -> str:
     """The kernel for few rows on a Hopper card, XLA otherwise."""
-    chosen = "mosaic" if x.shape[0] <= MAX_ROWS and on_hopper(x) else "xla"
+    chosen = "mosaic" if x.shape[0] <= MAX_ROWS and on_hopper(x.dtype) else "xla"
     _say_once(chosen, "few rows" if x.shape[0] <= MAX_ROWS else "many rows")
     return chosen
 
 
-def on_hopper(x: jax.Array) -> bool:
+def on_hopper(dtype: jnp.dtype) -> bool:
     """Whether bfloat16 kernels written for sm_90 run here."""
-    if jax.default_backend() != "gpu" or x.dtype != jnp.bfloat16:
+    if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
         return False
     return str(jax.local_devices()[0].compute_capability) == "9.0"
 
