@@ -34,6 +34,7 @@ class Args:
 
     kinds: tuple[str, ...] = ("nf4", "int4")
     shapes: tuple[str, ...] = ("qkv",)
+    outputs: tuple[str, ...] = tuple(OUTPUTS)
     sweep: bool = False  # candidate tilings as well as the one in use
     seconds: float = 60.0  # stop after this
 
@@ -43,9 +44,13 @@ STRAIGHT = [
     for warps, turns in ((8, 1), (4, 1), (8, 2), (4, 4), (16, 1), (8, 4))
 ]
 TURNED = [
-    kernel.Tiling(warps=warps, along_inputs=along)
-    for warps, along in itertools.product((8, 16), (False, True))
-]
+    kernel.Tiling(warps=warps, turns=turns, side=side, fetch=fetch)
+    for warps, turns, side, fetch in (
+        (8, 1, 1, 128), (8, 1, 1, 256), (8, 1, 2, 128), (8, 1, 2, 256), (8, 1, 4, 128),
+        (8, 1, 8, 128), (8, 2, 1, 128), (8, 2, 2, 128), (8, 4, 4, 128), (16, 1, 2, 128),
+        (16, 2, 2, 128),
+    )
+]  # fmt: skip
 
 
 def random_stack(kind: str, O: int, I: int) -> QTensor:
@@ -137,7 +142,8 @@ def main(argv=None):
     print(f"elementwise pass over bfloat16: {ceiling() / 1e12:.2f} TB/s", flush=True)
     for kind, shape in itertools.product(args.kinds, args.shapes):
         q = random_stack(kind, *SHAPES[shape])
-        for name, (dtype, turned) in OUTPUTS.items():
+        for name in args.outputs:
+            dtype, turned = OUTPUTS[name]
             want = None
             values = SHAPES[shape][0] * SHAPES[shape][1] * jnp.dtype(dtype).itemsize
             size = (q.data.nbytes + q.scale.nbytes) / LAYERS + values

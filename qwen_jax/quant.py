@@ -269,6 +269,10 @@ def group_scales(q: QTensor) -> jax.Array:
 
 def largest(w: QTensor | Layer) -> jax.Array:
     """A bound on the magnitude of all values, float32 [], from the scales alone; never zero."""
+    if isinstance(w, Layer) and w.stack.kind == "nf4":
+        # Of all layers at once: in a loop over layers XLA can then take it out of the loop.
+        bound = (jnp.max(w.stack.scale_absmax, axis=1) + w.stack.scale_offset)[w.index]
+        return jnp.maximum(bound, 1e-30)
     q = w.cut() if isinstance(w, Layer) else w
     if q.kind == "nf4":
         bound = jnp.max(q.scale_absmax) + q.scale_offset  # the codes of both levels end at 1

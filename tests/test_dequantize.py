@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.kernels import _pallas_codes as codes
 from qwen_jax.kernels import _pallas_dequantize as kernel
 from qwen_jax.quant import QTensor, QuantFormat, dequantize, quantize
 from tests.ptx_numpy import Machine
@@ -25,6 +26,7 @@ def interpret(monkeypatch, body, layer: int, q: QTensor, factor, dtype) -> np.nd
     """Runs all blocks of a body; values that were not written stay NaN."""
     machine = Machine(body.blocks, body.tiling.warps * 32, body.smem_bytes)
     monkeypatch.setattr(kernel, "ptx", machine)
+    monkeypatch.setattr(codes, "ptx", machine)
     inputs = kernel.operands(jnp.int32(layer), q, factor)
     refs = [machine.place(np.asarray(x)) for x in inputs]
     size = body.O * body.I
@@ -59,8 +61,8 @@ def test_e4m3_is_the_value_over_the_unit_straight_and_turned(monkeypatch, kind):
         body = kernel.Straight(**kernel.sizes(q), tiling=tiling, bytes=1)
         out = interpret(monkeypatch, body, layer, q, factor, jnp.float8_e4m3fn)
         nearly_equal(out.reshape(256, 512).astype(np.float32), want)
-    for warps, along in ((8, False), (8, True), (16, False)):
-        tiling = kernel.Tiling(warps=warps, along_inputs=along)
+    for warps, turns, side in ((8, 1, 1), (8, 2, 1), (8, 1, 2), (16, 2, 2)):
+        tiling = kernel.Tiling(warps=warps, turns=turns, side=side)
         body = kernel.Turned(**kernel.sizes(q), tiling=tiling)
         out = interpret(monkeypatch, body, layer, q, factor, jnp.float8_e4m3fn)
         nearly_equal(out.reshape(512, 256).astype(np.float32), want.T)
