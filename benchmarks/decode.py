@@ -1,7 +1,7 @@
 """Generation at full width with random int4 weights: tokens a second against the card's memory.
 
-    python -m benchmarks.decode --layers 80 --batch 1 4 --context 1024
-    python -m benchmarks.decode --batch 16 --cache int8
+    python -m benchmarks.decode --layers 80 --batch 1 4 16:int8 --context 1024
+    python -m benchmarks.decode --batch 1 4 --peer         gpt-fast's recipe in PyTorch beside it
     python -m benchmarks.decode --toy                      a size that a CPU can do
 
 Steps are the engine's own dispatches, sampling with repetition penalty and top-p included. The
@@ -10,8 +10,11 @@ process.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -25,6 +28,7 @@ from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
+from qwen_jax.kernels import append_attention
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.params import init_params, tree_bytes
 from qwen_jax.quant import QuantFormat
@@ -42,12 +46,15 @@ class Args:
 
     config: str = "qwen_72b"  # a file in configs/
     layers: int | None = None  # default: as many as the config has
-    batch: tuple[int, ...] = (1,)  # rows; one line of the table for each
+    batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
     context: int = 1024  # tokens already in the cache
-    cache: str = "bfloat16"  # or int8
     greedy: bool = False  # the likeliest token instead of top-p 0.8 and penalty 1.1
     dispatches: int = 6  # timed dispatches of engine.BLOCK tokens, after two that are not
+    verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
+    split: bool = False  # the first batch again, with attention and cache as XLA's small kernels
+    check: bool = False  # first compare one layer with its reference
+    peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
     profile: bool = False  # print the longest kernels of a dispatch
 
@@ -148,10 +155,40 @@ def bandwidth() -> float:
     return data.nbytes / float(np.median(times))
 
 
-def measure(cfg: ModelConfig, args: Args, params: dict, batch: int, rate: float) -> dict:
+def check(cfg: ModelConfig) -> None:
+    """One step through one layer, kernels against references; what differs too much is not used."""
+    cfg = dataclasses.replace(cfg, num_layers=1)
+    params = random_packed(cfg)
+    tokens = jnp.arange(3, dtype=jnp.int32)[:, None]
+
+    def step(implementation, cache):
+        return packed.forward(cfg, params, tokens, cache, implementation=implementation)
+
+    step = jax.jit(step, static_argnums=0)
+    for dtype in (jnp.bfloat16, jnp.int8):
+        cache = filled_cache(cfg, 3, 128, 77, dtype)
+        cache = cache.replace(lengths=jnp.array([0, 77, 128], jnp.int32))
+        want, reference = step("xla", cache)
+        got, cache = step(None, cache)
+        error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(
+            want.astype(jnp.float32)
+        )
+        pairs = ((cache.k, reference.k), (cache.v, reference.v))
+        new = want.shape[0] * cfg.hidden_size * 2 / 3  # two of three rows have room
+        wrong = [round(float(jnp.sum(a != b) / new), 4) for a, b in pairs]
+        print(f"{jnp.dtype(dtype)} cache: relative error {float(error):.1e}, new keys and values "
+              f"differ in {wrong} of their elements", flush=True)  # fmt: skip
+        if not error < 0.05 or max(wrong) > 0.3:
+            append_attention.choose = lambda *_: "split"
+            print("append_attention is not used", flush=True)
+
+
+def measure(
+    cfg: ModelConfig, args: Args, params: dict, batch: int, cache_dtype: str, rate: float
+) -> dict:
     tokens = (args.dispatches + 4) * engine.BLOCK
     capacity = -(-(args.context + tokens) // 64) * 64
-    dtype = params["wte"].dtype if args.cache == "bfloat16" else jnp.dtype(args.cache)
+    dtype = jnp.dtype(cache_dtype) if cache_dtype else params["wte"].dtype
     requests, state = start(cfg, args, batch, capacity, dtype)
     fixed = (cfg, None, cfg.vocab_size, params, None, requests)
     began = time.perf_counter()
@@ -171,7 +208,7 @@ def measure(cfg: ModelConfig, args: Args, params: dict, batch: int, rate: float)
     kept = tree_bytes([x for x in stacks if x is not None]) * filled / capacity
     limit = (weights + kept) / rate
     memory = jax.local_devices()[0].memory_stats() or {}
-    if args.profile:
+    if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 state, block, _ = engine.decode(*fixed, state)
@@ -179,6 +216,7 @@ def measure(cfg: ModelConfig, args: Args, params: dict, batch: int, rate: float)
             print(kernel_table(pathlib.Path(folder), engine.BLOCK, top=24), flush=True)
     return {
         "batch": batch,
+        "cache": str(dtype),
         "tok/s": round(batch / seconds, 1),
         "ms/step": round(seconds * 1e3, 2),
         "GB/s": round((weights + kept) / seconds / 1e9),
@@ -212,8 +250,34 @@ def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
     return float(np.median(times))
 
 
+def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) -> float:
+    """Time of one pass over `tokens` new tokens of one row, with all their logits."""
+    cache = filled_cache(cfg, 1, -(-(context + tokens) // 64) * 64, context, params["wte"].dtype)
+    ids = jnp.arange(tokens, dtype=jnp.int32)[None]
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def several(params, cache):
+        def one(_, carry):
+            cache, total = carry
+            hidden, new = packed.forward(cfg, params, ids, cache)
+            total = total + engine.unembed(params, hidden).max()
+            return new.replace(lengths=cache.lengths), total
+
+        return jax.lax.fori_loop(0, 8, one, (cache, jnp.float32(0)))
+
+    cache, _ = jax.block_until_ready(several(params, cache))
+    began = time.perf_counter()
+    jax.block_until_ready(several(params, cache))
+    return (time.perf_counter() - began) / 8
+
+
 def main(argv=None):
     args = parse(Args, argv)
+    if args.peer:
+        batches = [name for name in args.batch if ":" not in name]
+        command = [sys.executable, "-m", "benchmarks.decode_peer", "--batch", *batches]
+        command += ["--context", str(args.context), "--layers", str(args.layers or 80)]
+        subprocess.run(command, check=False)
     runtime.configure()
     config = CONFIGS / f"{args.config}.json"
     cfg = TOY if args.toy else ModelConfig.from_hf(read_json_object(config))
@@ -222,17 +286,28 @@ def main(argv=None):
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     rate = bandwidth()
     print(f"row sums read {rate / 1e12:.2f} TB/s", flush=True)
+    if args.check and not args.toy:
+        check(cfg)
     if args.toy:
         fmt = QuantFormat.named("int4")
         params = packed.pack_params(init_params(cfg, jax.random.key(0), jnp.float32, fmt))
     else:
         params = random_packed(cfg)
     jax.block_until_ready(params)
-    for batch in args.batch:
+    for name in (*args.batch, *args.batch[: int(args.split)]):
+        batch, _, cache_dtype = name.partition(":")
         try:
-            print(json.dumps(measure(cfg, args, params, batch, rate)), flush=True)
+            row = measure(cfg, args, params, int(batch), cache_dtype, rate)
+            print(json.dumps(row), flush=True)
         except Exception as e:  # one row that fails must not hide the others
-            print(f"batch {batch}: {type(e).__name__}: {str(e)[:500]}", flush=True)
+            print(f"batch {name}: {type(e).__name__}: {str(e)[:500]}", flush=True)
+        if name == args.batch[-1] and args.split:
+            print("attention and cache as small kernels:", flush=True)
+            append_attention.choose = lambda *_: "split"
+            jax.clear_caches()
+    for tokens in (1, args.verify) if args.verify else ():
+        seconds = verify_seconds(cfg, params, args.context, tokens)
+        print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)
     if args.prefill:
         seconds = prefill_seconds(cfg, params, args.prefill)
         print(f"prefill of {args.prefill} tokens: {seconds:.3f} s", flush=True)

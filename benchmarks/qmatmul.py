@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.cli import parse, run
-from qwen_jax.kernels._pallas_qmatmul import Tiling, split_matmul, tiling_for
+from qwen_jax.kernels._pallas_qmatmul import FORMATS, Tiling, split_matmul, tiling_for
 from qwen_jax.kernels.packing import pack_layer
-from qwen_jax.quant import QuantFormat, dequantize, quantize
+from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize
 
 SHAPES = {
     "qkv": (24576, 8192),
@@ -36,6 +36,7 @@ class Args:
     """Times the few-row int4 product."""
 
     rows: tuple[int, ...] = (1, 8, 16)  # rows of activations
+    kinds: tuple[str, ...] = ("int4",)  # int4, nf4, int8
     shapes: tuple[str, ...] = tuple(SHAPES)
     sweep: bool = False  # try candidate tilings instead of the tuned ones
     seconds: float = 150.0  # a sweep stops after this
@@ -62,11 +63,15 @@ SWEEP = {
 }  # fmt: skip
 
 
-def random_stack(N: int, K: int) -> tuple[jax.Array, jax.Array]:
+def random_stack(N: int, K: int, kind: str = "int4") -> tuple[jax.Array, jax.Array]:
     key = jax.random.key(1, impl="rbg")
-    codes = jax.random.bits(key, (LAYERS, N // 16, K // 64, 32, 4), jnp.uint32)
-    scale = jax.random.uniform(key, (LAYERS, N // 16, K // 512, 8, 8), jnp.float32, 0.001, 0.002)
-    return codes, scale.astype(jnp.float16)
+    unit = FORMATS[kind].unit
+    codes = jax.random.bits(key, (LAYERS, N // 16, K // unit, 32, 4), jnp.uint32)
+    if kind == "int8":
+        return codes, jax.random.uniform(key, (LAYERS, N), jnp.float32, 0.001, 0.002)
+    loads = (2,) if kind == "nf4" else ()
+    shape = (LAYERS, N // 16, K // 512, *loads, 8, 8)
+    return codes, jax.random.uniform(key, shape, jnp.float32, 0.001, 0.002).astype(jnp.float16)
 
 
 def ceiling() -> float:
@@ -118,12 +123,15 @@ def program_seconds(fn, x, codes, scale) -> float:
     return median_seconds(program, x, codes, scale) / (20 * LAYERS)
 
 
-def relative_error(fn, M: int, N: int, K: int) -> float:
+def relative_error(fn, M: int, N: int, K: int, kind: str) -> float:
     w = jax.random.normal(jax.random.key(3), (N, K)) * 0.02
-    q = quantize(w, QuantFormat(kind="int4", group=128))
-    codes, scale = (a[None] for a in pack_layer(q.data, q.scale, "int4"))
+    q = quantize(w, QuantFormat.named(kind))
+    pack = jax.jit(pack_layer, static_argnums=2)
+    codes, scale = (a[None] for a in pack(q.data, group_scales(q), kind))
     x = jax.random.normal(jax.random.key(4), (M, K)).astype(jnp.bfloat16)
     out = fn(jnp.zeros((1,), jnp.int32), x, codes, scale).sum(0)
+    if kind == "int8":
+        out = out * scale[0]
     with jax.default_matmul_precision("highest"):
         want = x.astype(jnp.float32) @ dequantize(q, jnp.float32).T
     return float(jnp.linalg.norm(out - want) / jnp.linalg.norm(want))
@@ -154,19 +162,26 @@ def sweep(args: Args) -> None:
 
 
 def table(args: Args) -> None:
-    print("shape | rows | tiling | us | TB/s | relative error")
-    for name, M in itertools.product(args.shapes, args.rows):
+    print("format | shape | rows | tiling | us | TB/s | relative error")
+    for kind, name in itertools.product(args.kinds, args.shapes):
         N, K = SHAPES[name]
-        codes, scale = random_stack(N, K)
+        codes, scale = random_stack(N, K, kind)
         size = (codes.nbytes + scale.nbytes) / LAYERS
-        tiling = tiling_for(M, N, K)
-        fn = functools.partial(split_matmul, tiling=tiling)
-        x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
-        seconds = program_seconds(fn, x, codes, scale)
-        error = relative_error(fn, M, N, K) if name != "up+gate" else float("nan")
-        cut = dataclasses.astuple(tiling)[:4]
-        rate = size / seconds / 1e12
-        print(f"{name} | {M} | {cut} | {seconds * 1e6:.1f} | {rate:.2f} | {error:.1e}", flush=True)
+        for M in args.rows:
+            try:
+                tiling = tiling_for(M, N, K, kind)
+                fn = functools.partial(split_matmul, tiling=tiling, kind=kind)
+                x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+                seconds = program_seconds(fn, x, codes, scale)
+                cut = dataclasses.astuple(tiling)[:4]
+                line = f"{kind} | {name} | {M} | {cut} | {seconds * 1e6:.1f}"
+                line += f" | {size / seconds / 1e12:.2f}"
+                # The largest weight would need 1.6 GB of float32 for its reference.
+                if args.rows[-1] == M and name != "up+gate":
+                    line += f" | {relative_error(fn, M, N, K, kind):.1e}"
+                print(line, flush=True)
+            except Exception as e:  # one that does not compile must not end the table
+                print(f"{kind} {name} {M}: {type(e).__name__}: {str(e)[:300]}", flush=True)
 
 
 def main(argv=None):

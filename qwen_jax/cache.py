@@ -15,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.quant import quantize_heads
 from qwen_jax.sharding import partition_spec
 
 
@@ -103,17 +104,6 @@ def read(
         return (x.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]).astype(dtype)
 
     return one(cache.k, cache.k_scale), one(cache.v, cache.v_scale)
-
-
-def quantize_heads(
-    x: jax.Array,  # [..., H]
-) -> tuple[jax.Array, jax.Array]:  # int8 [..., H], bfloat16 [...]
-    """Rounds each head to 255 levels, with the scale that is really stored."""
-    x = x.astype(jnp.float32)
-    scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(jnp.bfloat16)
-    step = scale.astype(jnp.float32)[..., None]
-    codes = jnp.round(x / jnp.where(step > 0, step, 1.0))
-    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale
 
 
 def _append(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from qwen_jax import cache as kv
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.append_attention import Stacks, append_attention
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts
@@ -72,6 +73,10 @@ def pack_params(params: Params, *, consume: bool = False) -> Params:
     }
 
 
+def stacks_of(cache: KVCache) -> Stacks:
+    return cache.k, cache.v, cache.k_scale, cache.v_scale
+
+
 def forward(
     cfg: ModelConfig,
     params: Params,
@@ -81,7 +86,7 @@ def forward(
     counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
     prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts
     fresh: bool = False,  # promises an empty cache
-    implementation: str | None = None,  # of both kernels
+    implementation: str | None = None,  # of all kernels: "mosaic" or "xla"; None chooses
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D] after the final norm, cache with the T tokens
     """model.forward for packed weights on one device."""
     B, T = tokens.shape
@@ -90,20 +95,37 @@ def forward(
     ntk = jnp.where(cache.lengths == 0, ntk_row(cfg, prompt_lengths), cache.ntk)
     positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
     angles = rope_angles(cfg, positions, ntk)
-    logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
+    logn = logn_scale(cfg, positions) if cfg.use_logn_attn else jnp.ones((B, T, 1, 1))
     # A full row (done, its one token dropped) still sees no more than its slots.
     visible = jnp.minimum(positions + 1, cache.capacity).reshape(B * T)
     layers = params["layers"]
 
-    def attend(q, k, v, cache: KVCache, index: jax.Array) -> jax.Array:
+    def attend(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
+        if T == 1:
+            return attend_one(parts, bias, cache, index)
+        bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
+        qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias
+        q, k, v = rope(qkv[:, :, 0], *angles), rope(qkv[:, :, 1], *angles), qkv[:, :, 2]
+        q = q * logn.astype(q.dtype)
+        cache = kv.write(cache, index, k, v)
         if fresh:
-            return attention(q, k, v, q_index=positions, causal_square=True)
-        if T > _FEW_TOKENS:
-            return attention(q, *kv.read(cache, index, q.dtype), q_index=positions)
-        rows = q.reshape(B * T, *q.shape[2:])
-        stacks = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-        y = decode_attention(rows, *stacks, index, visible, implementation=implementation)
-        return y.reshape(q.shape)
+            y = attention(q, k, v, q_index=positions, causal_square=True)
+        elif T > _FEW_TOKENS:
+            y = attention(q, *kv.read(cache, index, q.dtype), q_index=positions)
+        else:
+            rows = q.reshape(B * T, *q.shape[2:])
+            y = decode_attention(
+                rows, *stacks_of(cache), index, visible, implementation=implementation
+            )
+        return y.reshape(B * T, -1), cache
+
+    def attend_one(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
+        cos, sin = (a.reshape(B, -1) for a in angles)
+        y, (k, v, k_scale, v_scale) = append_attention(
+            parts, bias, cos, sin, logn.reshape(B), stacks_of(cache), index, cache.lengths,
+            implementation=implementation,
+        )  # fmt: skip
+        return y.reshape(B, -1), cache.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
     def layer(carry: Any, index: jax.Array) -> Any:
         # x [B*T, D] lacks the last product, which comes as parts: the norm adds them as it reads.
@@ -111,14 +133,8 @@ def forward(
         attn, mlp = layers["attn"], layers["mlp"]
         with jax.named_scope("attention"):
             x, y = norm(x, parts, layers["ln_1"], index)
-            bias = jax.lax.dynamic_index_in_dim(attn["bqkv"], index, 0, keepdims=False)
-            qkv = decode_matmul(y, attn["wqkv"], index, implementation=implementation) + bias
-            q, k, v = (qkv[:, i].reshape(B, T, *qkv.shape[2:]) for i in range(3))
-            q, k = rope(q, *angles), rope(k, *angles)
-            if logn is not None:
-                q = q * logn.astype(q.dtype)
-            cache = kv.write(cache, index, k, v)
-            y = attend(q, k, v, cache, index).reshape(B * T, -1)
+            parts = decode_parts(y, attn["wqkv"], index, implementation=implementation)
+            y, cache = attend(parts, attn["bqkv"], cache, index)
             parts = decode_parts(y, attn["wo"], index, implementation=implementation)
         with jax.named_scope("mlp"):
             x, y = norm(x, parts, layers["ln_2"], index)

@@ -50,7 +50,9 @@ NF4_CODE = np.array(
 INT4_ZERO_POINT = 8
 # bitsandbytes quantizes the NF4 block scales again, in blocks of this many.
 NF4_SCALE_BLOCK = 256
-_TINY = np.float32(1e-38)  # bitsandbytes' guard against a block of zeros
+# Guards a block of zeros, as bitsandbytes' 1e-38 does; that is subnormal, so XLA takes it for zero
+# and every code of the block became -1 by way of a NaN.
+TINY = np.finfo(np.float32).tiny
 
 
 def _linspace_float32(start: float, stop: float, count: int) -> np.ndarray:
@@ -196,12 +198,13 @@ def quantize(
     w = _grouped(w.astype(jnp.float32), groups)  # [*O, I/G, G]
     if fmt.kind == "nf4":
         return _quantize_nf4(w)
-    top = 127.0 if fmt.kind == "int8" else 7.5  # GPTQ: scale = 2 absmax / 15
+    top = np.float32(127.0 if fmt.kind == "int8" else 7.5)  # GPTQ: scale = 2 absmax / 15
     dtype = jnp.float32 if fmt.group == 0 else jnp.float16
     # Round the scale first, then the codes with the scale that is really stored.
-    scale = (_absmax(w) / top).astype(dtype)
+    # Reciprocals, because XLA turns both divisions into them anyway, and numpy would not.
+    scale = (_absmax(w) * (1 / top)).astype(dtype)
     step = scale.astype(jnp.float32)[..., None]
-    codes = jnp.round(w / jnp.where(step > 0, step, 1.0))
+    codes = jnp.round(w * (1.0 / jnp.where(step > 0, step, 1.0)))
     if fmt.kind == "int8":
         data = jnp.clip(codes, -127, 127).astype(jnp.int8).reshape(*w.shape[:-2], -1)
         return QTensor(data=data, scale=scale, kind="int8")
@@ -214,18 +217,18 @@ def _quantize_nf4(
     w: jax.Array,  # [*O, I/64, 64] float32
 ) -> QTensor:
     absmax = _absmax(w)  # [*O, I/64]
-    scaled = jnp.clip(w * (1.0 / jnp.maximum(absmax, _TINY))[..., None], -1.0, 1.0)
+    scaled = jnp.clip(w * (1.0 / jnp.maximum(absmax, TINY))[..., None], -1.0, 1.0)
     codes = jnp.zeros(w.shape, jnp.uint8)
     # Counting the midpoints below a value is a bucketize that fuses into one pass.
     for bound in (NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2):
         codes += (scaled > bound).astype(jnp.uint8)
     # Double quantization: the scales, less their mean, in blocks of 256 of the dynamic type.
-    offset = absmax.mean()
+    offset = nf4_offset(absmax)
     flat = (absmax - offset).reshape(-1)
     rest = -flat.size % NF4_SCALE_BLOCK
     blocks = jnp.pad(flat, (0, rest)).reshape(-1, NF4_SCALE_BLOCK)
     block_absmax = _absmax(blocks)
-    unit = jnp.clip(blocks * (1.0 / jnp.maximum(block_absmax, _TINY))[:, None], -1.0, 1.0)
+    unit = jnp.clip(blocks * (1.0 / jnp.maximum(block_absmax, TINY))[:, None], -1.0, 1.0)
     bounds = (DYNAMIC_CODE[:-1] + DYNAMIC_CODE[1:]) / np.float32(2)
     scale = jnp.searchsorted(bounds, unit.reshape(-1)).astype(jnp.uint8)
     return QTensor(
@@ -235,6 +238,24 @@ def _quantize_nf4(
         scale_offset=offset,
         kind="nf4",
     )
+
+
+def nf4_offset(
+    absmax: jax.Array | np.ndarray,  # [*O, I/64] float32
+) -> jax.Array | np.ndarray:
+    """What is taken off the scales before they are quantized: their mean, [].
+
+    Added up in one fixed order, half onto half, so that numpy, XLA and every device get the same
+    bits; `mean` differs in the last one with the shape and with what XLA fuses it into.
+    """
+    size = absmax.size
+    lib = np if isinstance(absmax, np.ndarray) else jnp
+    sums = lib.pad(absmax.reshape(-1), (0, (1 << (size - 1).bit_length()) - size))
+    while sums.size > 1:
+        half = sums.size // 2
+        sums = sums[:half] + sums[half:]
+    # The maximum changes nothing; it keeps XLA from fusing the product into the subtraction of it.
+    return lib.maximum(sums[0] * np.float32(1 / size), np.float32(0))
 
 
 def group_scales(q: QTensor) -> jax.Array:
@@ -270,3 +291,14 @@ def dequantize(
         codes = jnp.asarray(NF4_CODE)[unpack_nibbles(q.data)]
     w = _grouped(codes, q.scale.shape[-1]) * scales
     return w.reshape(q.shape).astype(dtype)
+
+
+def quantize_heads(
+    x: jax.Array,  # [..., H]
+) -> tuple[jax.Array, jax.Array]:  # int8 [..., H], bfloat16 [...]
+    """Rounds each head to 255 levels, with the scale that is really stored."""
+    x = x.astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(jnp.bfloat16)
+    step = scale.astype(jnp.float32)[..., None]
+    codes = jnp.round(x / jnp.where(step > 0, step, 1.0))
+    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale

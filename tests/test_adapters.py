@@ -158,8 +158,8 @@ def test_an_adapter_of_another_base_is_refused(saved):
     [
         (lambda t: t.update(extra=np.zeros(1, np.float32)), "match nothing"),
         (lambda t: t.pop(sorted(t)[0]), "lacks 1 tensors"),
-        (lambda t: t.update({sorted(t)[0]: np.zeros((4, 3), np.float32)}), r"is float32 \(4, 3\)"),
-        (lambda t: t[sorted(t)[0]].fill(np.nan), "has NaN or Inf"),
+        (lambda t: t.update({sorted(t)[0]: np.zeros((4, 3), np.float32)}), r"is F32 \(4, 3\)"),
+        (lambda t: t[sorted(t)[0]].fill(np.nan), "holds NaN or Inf"),
         (lambda t: t.clear(), "empty"),
     ],
 )

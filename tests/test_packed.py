@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from qwen_jax import model, packed
-from qwen_jax.cache import init_cache, quantize_heads
+from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul
 from qwen_jax.kernels.packing import pack, pack_layer, unpack_layer
 from qwen_jax.params import init_params
-from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize
+from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 
 INT4 = QuantFormat.named("int4")
 CFG = ModelConfig(

@@ -38,7 +38,7 @@ def decode_attention(
     if H != HEAD or q.shape[0] % B:
         raise NotImplementedError(f"heads of {H}, {q.shape[0]} queries over {B} rows")
     quantized = k_scale is not None
-    body = _Body(
+    body = Body(
         B=B, S=S, N=N, R=q.shape[0], quantized=quantized, warps=warps, splits=splits
     )  # fmt: skip
     scales = (k_scale, v_scale) if quantized else ()
@@ -55,17 +55,48 @@ def decode_attention(
         cluster_names=("split",) if splits > 1 else (),
         num_threads=warps // 4,
         thread_name="warpgroup",
-        scratch_types=[plgpu.SMEM(((warps + 1) * _PART,), jnp.float32)],
+        scratch_types=[plgpu.SMEM(((warps + 1) * PART,), jnp.float32)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return run(layer, visible, q, k, v, *scales)
 
 
-_PART = HEAD + 2  # floats of a partial result: weighted sum, maximum, sum of weights
+PART = HEAD + 2  # floats of a partial result: weighted sum, maximum, sum of weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Body:
+class Place:
+    """Who a thread is, and where its data lie."""
+
+    thread: ptx.Value
+    lane: ptx.Value
+    warp: ptx.Value
+    rank: ptx.Value  # of the block in its cluster
+    head: ptx.Value  # row * N + n
+    row: ptx.Value
+    n: ptx.Value
+    layer: ptx.Value
+    visible: ptx.Value  # slots that this row sees
+    slot_group: ptx.Value  # 0..7: which slot of a step
+    part: ptx.Value  # 0..3: which channels of it
+    stacks: list[ptx.Value]  # addresses of this lane's channels of slot 0, of keys and values
+    scales: list[ptx.Value]  # addresses of the scales of slot 0
+
+
+def scaled(q: list[ptx.Value]) -> list[ptx.Value]:
+    """Times log2(e) / sqrt(128), so that 2^score is the weight."""
+    factor = ptx.real(math.log2(math.e) / math.sqrt(HEAD))
+    return [arith.mulf(x, factor) for x in q]
+
+
+def nothing():
+    """Running maximum, sum of weights and weighted sum before the first slot."""
+    zero = ptx.real(0.0)
+    return ptx.real(_NEVER), zero, [zero] * 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Body:
     """Builds the code of one thread."""
 
     B: int
@@ -85,84 +116,95 @@ class _Body:
     def slot_bytes(self) -> int:
         return self.N * HEAD * (1 if self.quantized else 2)
 
+    @property
+    def per_load(self) -> int:
+        """Channels of one 16-byte load; load i of a lane starts at channel (4 i + part) of them."""
+        return 16 if self.quantized else 8
+
     def __call__(self, ctx, layer_ref, visible_ref, q_ref, k_ref, v_ref, *rest):
         *scale_refs, out_ref, smem = rest
+        place = self.place(layer_ref, visible_ref, (k_ref, v_ref), scale_refs)
+        q = self._load_query(q_ref, place)
+        running = self.stream(place, q, place.visible, nothing())
+        self.join(smem, out_ref, place, running)
+
+    def place(self, layer_ref, visible_ref, stack_refs, scale_refs) -> Place:
         thread, lane, warp = ptx.thread()
         block = ptx.block()
-        rank, head = (
-            arith.remui(block, ptx.const(self.splits)),
-            arith.divui(block, ptx.const(self.splits)),
-        )
+        rank = arith.remui(block, ptx.const(self.splits))
+        head = arith.divui(block, ptx.const(self.splits))
         row, n = arith.divui(head, ptx.const(self.N)), arith.remui(head, ptx.const(self.N))
         layer = ptx.asm("ld.global.u32 $0, [$1];", [ptx.address(layer_ref)], [ptx.i32()])
         at = ptx.add(ptx.address(visible_ref), ptx.wide(ptx.mul(row, 4)))
         visible = ptx.asm("ld.global.u32 $0, [$1];", [at], [ptx.i32()])
-        slot_group = arith.shrui(lane, ptx.const(2))
         part = arith.andi(lane, ptx.const(3))
-
-        q = self._load_query(q_ref, head, part)
         cache_row = arith.divui(row, ptx.const(self.R // self.B))
         first = ptx.add(ptx.mul(layer, self.B), cache_row)  # row of the stack [L * B]
         base = ptx.mul(ptx.wide(first), self.S * self.slot_bytes)
         inside = ptx.add(ptx.mul(n, HEAD * (1 if self.quantized else 2)), ptx.mul(part, 16))
         base = ptx.add(base, ptx.wide(inside))
-        bases = [ptx.add(ptx.address(ref), base) for ref in (k_ref, v_ref)]
         scale_base = ptx.add(ptx.mul(ptx.wide(first), self.S * self.N * 2), ptx.wide(ptx.mul(n, 2)))
-        scale_bases = [ptx.add(ptx.address(ref), scale_base) for ref in scale_refs]
+        return Place(
+            thread=thread, lane=lane, warp=warp, rank=rank, head=head, row=row, n=n, layer=layer,
+            visible=visible, slot_group=arith.shrui(lane, ptx.const(2)), part=part,
+            stacks=[ptx.add(ptx.address(ref), base) for ref in stack_refs],
+            scales=[ptx.add(ptx.address(ref), scale_base) for ref in scale_refs],
+        )  # fmt: skip
 
-        steps = arith.divui(ptx.add(visible, _SLOTS - 1), ptx.const(_SLOTS))
+    def stream(self, place: Place, q, count, running):
+        """Attends to the first `count` slots, each warp to its share of the steps."""
+        steps = arith.divui(ptx.add(count, _SLOTS - 1), ptx.const(_SLOTS))
         stride = self.warps * self.splits
-        start = ptx.add(ptx.mul(rank, self.warps), warp)
+        start = ptx.add(ptx.mul(place.rank, self.warps), place.warp)
+        last = arith.maxsi(ptx.add(count, -1), ptx.const(0))
 
         def load(step):
             """Keys, values and scales of this lane's slot; past the end, of the last one."""
-            slot = ptx.add(ptx.mul(step, _SLOTS), slot_group)
-            slot = arith.minui(slot, ptx.add(visible, -1))
+            slot = ptx.add(ptx.mul(step, _SLOTS), place.slot_group)
+            slot = arith.minui(slot, last)
             offset = ptx.mul(ptx.wide(slot), self.slot_bytes)
             data = [
                 [ptx.load_streamed(at, 64 * i) for i in range(self.loads)]
-                for at in (ptx.add(b, offset) for b in bases)
+                for at in (ptx.add(stack, offset) for stack in place.stacks)
             ]
             offset = ptx.mul(ptx.wide(slot), self.N * 2)
-            scales = [_load_bfloat(ptx.add(b, offset)) for b in scale_bases]
-            return data, scales
+            return data, [_load_bfloat(ptx.add(scale, offset)) for scale in place.scales]
 
         def step(index, state):
             (data, scales), running = state
             ahead = load(ptx.add(index, stride))
-            slot = ptx.add(ptx.mul(index, _SLOTS), slot_group)
-            running = self._attend(q, data, scales, ptx.less(slot, visible), running)
+            slot = ptx.add(ptx.mul(index, _SLOTS), place.slot_group)
+            keys, values = (self._unpack(loads) for loads in data)
+            running = self.attend(q, keys, values, scales, ptx.less(slot, count), running)
             return ahead, running
 
-        zero = ptx.real(0.0)
-        running = (ptx.real(_NEVER), zero, [zero] * 32)
         _, running = ptx.loop(start, steps, stride, (load(start), running), step)
-        self._join(smem, out_ref, head, rank, thread, lane, warp, running)
+        return running
 
-    def _load_query(self, q_ref, head, part):
-        """This lane's 32 channels times log2(e) / sqrt(128), so that 2^score is the weight."""
-        per_load = 16 if self.quantized else 8  # channels of one load of a key
-        at = ptx.add(ptx.mul(ptx.wide(head), HEAD * 2), ptx.wide(ptx.mul(part, per_load * 2)))
+    def _load_query(self, q_ref, place: Place):
+        at = ptx.add(
+            ptx.mul(ptx.wide(place.head), HEAD * 2),
+            ptx.wide(ptx.mul(place.part, self.per_load * 2)),
+        )
         at = ptx.add(ptx.address(q_ref), at)
-        factor = ptx.real(math.log2(math.e) / math.sqrt(HEAD))
         values = []
         for i in range(self.loads):
-            for j in range(per_load // 8):
-                text = f"ld.global.v4.u32 {{$0,$1,$2,$3}}, [$4+{i * per_load * 8 + j * 16}];"
+            for j in range(self.per_load // 8):
+                offset = i * self.per_load * 8 + j * 16
+                text = f"ld.global.v4.u32 {{$0,$1,$2,$3}}, [$4+{offset}];"
                 for word in ptx.asm(text, [at], [ptx.i32()] * 4):
-                    values += [arith.mulf(x, factor) for x in ptx.bfloats(word)]
-        return values
+                    values += ptx.bfloats(word)
+        return scaled(values)
 
     def _unpack(self, loads):
         unpack = ptx.int8s if self.quantized else ptx.bfloats
         return [x for words in loads for word in words for x in unpack(word)]
 
-    def _attend(self, q, data, scales, seen, running):
+    def attend(self, q, keys, values, scales, seen, running):
         """One slot a group of four lanes: score, then the online softmax."""
         most, total, sums = running
-        keys, values = data
         parts = [ptx.real(0.0)] * 4  # four chains, so that one sum does not wait for the other
-        for i, (a, b) in enumerate(zip(q, self._unpack(keys), strict=True)):
+        for i, (a, b) in enumerate(zip(q, keys, strict=True)):
             parts[i % 4] = ptx.fma(a, b, parts[i % 4])
         score = arith.addf(arith.addf(parts[0], parts[1]), arith.addf(parts[2], parts[3]))
         for distance in (1, 2):
@@ -178,13 +220,15 @@ class _Body:
         if scales:
             weight = arith.mulf(weight, scales[1])
         sums = [
-            ptx.fma(weight, x, arith.mulf(s, shrink))
-            for x, s in zip(self._unpack(values), sums, strict=True)
+            ptx.fma(weight, x, arith.mulf(s, shrink)) for x, s in zip(values, sums, strict=True)
         ]
         return new_most, total, sums
 
-    def _join(self, smem, out_ref, head, rank, thread, lane, warp, running):
+    def join(self, smem, out_ref, place: Place, running):
         """Lanes, warps and blocks each bring (maximum, total, sums); the last writes the result."""
+        head, rank, thread, lane, warp = (
+            place.head, place.rank, place.thread, place.lane, place.warp,
+        )  # fmt: skip
         most, total, sums = running
         joined = most
         for distance in (4, 8, 16):
@@ -196,9 +240,9 @@ class _Body:
         total, *sums = values
 
         base = ptx.address(smem)
-        own = ptx.add(base, ptx.mul(warp, _PART * 4))
+        own = ptx.add(base, ptx.mul(warp, PART * 4))
         part = arith.andi(lane, ptx.const(3))
-        per_load = 16 if self.quantized else 8
+        per_load = self.per_load
         with ptx.when(ptx.less(lane, 4)):
             at = ptx.add(own, ptx.mul(part, per_load * 4))
             for i in range(0, 32, 2):
@@ -216,16 +260,16 @@ class _Body:
         most, total, value = _merge(
             [
                 (
-                    read(base, (w * _PART + HEAD) * 4),
-                    read(base, (w * _PART + HEAD + 1) * 4),
-                    read(here, w * _PART * 4),
+                    read(base, (w * PART + HEAD) * 4),
+                    read(base, (w * PART + HEAD + 1) * 4),
+                    read(here, w * PART * 4),
                 )
                 for w in range(self.warps)
             ]
         )
         writes = ptx.less(thread, HEAD)
         if self.splits > 1:
-            block = self.warps * _PART * 4  # this block's own partial result
+            block = self.warps * PART * 4  # this block's own partial result
             with ptx.when(writes):
                 ptx.asm(f"st.shared.f32 [$0+{block}], $1;", [here, value])
                 # All threads of the block hold the same maximum and total.

@@ -97,6 +97,19 @@ def fma(a: Value, b: Value, c: Value) -> Value:
     return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], [f32()], pure=True)
 
 
+def total(values: Sequence[Value]) -> Value:
+    result = values[0]
+    for value in values[1:]:
+        result = arith.addf(result, value)
+    return result
+
+
+def rounded(value: Value) -> Value:
+    """float32 to bfloat16 and back."""
+    text = "{.reg .b16 h, z; mov.b16 z, 0; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {z, h};}"
+    return asm(text, [value], [f32()], pure=True)
+
+
 def exp2(a: Value) -> Value:
     return asm("ex2.approx.ftz.f32 $0, $1;", [a], [f32()], pure=True)
 

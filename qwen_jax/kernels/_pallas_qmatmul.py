@@ -84,21 +84,23 @@ class Tiling:
 
 
 # Format, N, K of Qwen-72B -> (rows of activations up to, tiling), from benchmarks/qmatmul.py.
+_BIG, _LONG = Tiling(blocks=3, warps=16, splits=2, ahead=4), dict(warps=16, splits=8, ahead=4)
 _TUNED: dict[tuple[str, int, int], list[tuple[int, Tiling]]] = {
     ("int4", 24576, 8192): [
         (8, Tiling(blocks=1, warps=24, splits=2, ahead=4)),
         (16, Tiling(blocks=1, warps=12, splits=2, ahead=8)),
     ],
-    ("int4", 49152, 8192): [(16, Tiling(blocks=3, warps=16, splits=2, ahead=4))],
-    ("int4", 8192, 24576): [
-        (8, Tiling(blocks=2, warps=16, splits=8, ahead=4)),
-        (16, Tiling(blocks=1, warps=16, splits=8, ahead=4)),
-    ],
+    ("int4", 49152, 8192): [(16, _BIG)],
+    ("int4", 8192, 24576): [(8, Tiling(blocks=2, **_LONG)), (16, Tiling(blocks=1, **_LONG))],
     ("int4", 8192, 8192): [
         (8, Tiling(blocks=2, warps=8, splits=8, ahead=4)),
         (16, Tiling(blocks=1, warps=16, splits=4, ahead=8)),
     ],
 }
+for _kind in ("nf4", "int8"):  # not swept: those of int4
+    _TUNED[_kind, 24576, 8192] = [(16, Tiling(blocks=1, warps=24, splits=2, ahead=4))]
+    for _shape in ((49152, 8192), (8192, 24576), (8192, 8192)):
+        _TUNED[_kind, *_shape] = _TUNED["int4", *_shape]
 
 
 def tiling_for(M: int, N: int, K: int, kind: str = "int4") -> Tiling:

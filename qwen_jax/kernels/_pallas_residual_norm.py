@@ -74,8 +74,8 @@ class _Body:
         loads = [_load_floats(parts_at, p * self.M * self.D * 4) for p in range(self.P)]
         new = []
         for i in range(4):
-            total = _total([load[i] for load in loads])
-            new.append(_rounded(arith.addf(old[i], _rounded(total))))
+            total = ptx.total([load[i] for load in loads])
+            new.append(ptx.rounded(arith.addf(old[i], ptx.rounded(total))))
 
         square = ptx.real(0.0)
         for value in new:
@@ -84,7 +84,7 @@ class _Body:
         mean = arith.divf(total, ptx.real(float(self.D)))
         text = "rsqrt.approx.ftz.f32 $0, $1;"
         scale = ptx.asm(text, [arith.addf(mean, ptx.real(self.eps))], [ptx.f32()], pure=True)
-        normed = [_rounded(arith.mulf(value, scale)) for value in new]
+        normed = [ptx.rounded(arith.mulf(value, scale)) for value in new]
         normed = [arith.mulf(value, w) for value, w in zip(normed, weight, strict=True)]
         for ref, values in ((sum_ref, new), (norm_ref, normed)):
             at = ptx.add(ptx.address(ref), ptx.mul(element, 2))
@@ -106,21 +106,14 @@ class _Body:
         ptx.barrier()
         text = "ld.shared.f32 $0, [$1];"
         ats = [ptx.add(base, 4 * w) for w in range(self.threads // 32)]
-        total = _total([ptx.asm(text, [at], [ptx.f32()]) for at in ats])
+        total = ptx.total([ptx.asm(text, [at], [ptx.f32()]) for at in ats])
         if self.splits == 1:
             return total
         shared = ptx.add(base, 128)  # behind the warps' sums
         with ptx.when(arith.cmpi(arith.CmpIPredicate.eq, thread, ptx.const(0))):
             ptx.asm("st.shared.f32 [$0], $1;", [shared, total])
         ptx.cluster_barrier()
-        return _total([ptx.load_remote(shared, ptx.const(r)) for r in range(self.splits)])
-
-
-def _total(values):
-    total = values[0]
-    for value in values[1:]:
-        total = arith.addf(total, value)
-    return total
+        return ptx.total([ptx.load_remote(shared, ptx.const(r)) for r in range(self.splits)])
 
 
 def _load_floats(at, offset: int):
@@ -131,9 +124,3 @@ def _load_floats(at, offset: int):
 def _load_bfloats(at):
     words = ptx.asm("ld.global.v2.u32 {$0,$1}, [$2];", [at], [ptx.i32()] * 2)
     return [value for word in words for value in ptx.bfloats(word)]
-
-
-def _rounded(value):
-    """To bfloat16 and back."""
-    text = "{.reg .b16 h, z; mov.b16 z, 0; cvt.rn.bf16.f32 h, $1; mov.b32 $0, {z, h};}"
-    return ptx.asm(text, [value], [ptx.f32()], pure=True)

@@ -63,17 +63,23 @@ def _floats(x: jax.Array, scale: jax.Array | None, layer: jax.Array) -> jax.Arra
 def _mosaic(q, k, v, k_scale, v_scale, layer, visible) -> jax.Array:
     from qwen_jax.kernels import _pallas_decode_attention
 
-    # Measured at 64 heads (benchmarks/decode_attention.py): few large blocks while there are few
-    # pairs of row and head, small ones when there are many; clusters only where blocks are lacking.
-    pairs = q.shape[0] * q.shape[1]
-    splits = 1
-    while splits < 8 and pairs * splits < (128 if k_scale is not None else 64):
-        splits *= 2
-    warps = 16 if pairs * splits <= 128 else 4
+    warps, splits = launch_shape(q.shape[0] * q.shape[1], k_scale is not None)
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     return _pallas_decode_attention.decode_attention(
         index, visible, q, k, v, k_scale, v_scale, warps=warps, splits=splits
     )
+
+
+def launch_shape(pairs: int, quantized: bool) -> tuple[int, int]:
+    """Warps of a thread block and blocks of a cluster, for so many pairs of row and head.
+
+    Measured at 64 heads (benchmarks/decode_attention.py): few large blocks while there are few
+    pairs, small ones when there are many, and clusters only where blocks are lacking.
+    """
+    splits = 1
+    while splits < 8 and pairs * splits < (128 if quantized else 64):
+        splits *= 2
+    return (16 if pairs * splits <= 128 else 4), splits
 
 
 def choose(q: jax.Array, k: jax.Array) -> str:
