@@ -26,7 +26,7 @@ import tqdm
 from convert.gptq import Gptq, check_zero_bias, linear_part, linear_tensors, read_gptq
 from convert.hf_files import FLOAT_DTYPES, HfWeights, check_finite
 from convert.host_quant import nf4_scales, rows_into
-from convert.stream import Arrays, Part, stream
+from convert.stream import Arrays, Part, scratch, stream
 from qwen_jax.checkpoint_writer import CheckpointWriter
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig, load_hf_config
@@ -113,9 +113,7 @@ def _progress_kept(writer: CheckpointWriter, output: pathlib.Path) -> Iterator[N
     except (InputError, KeyboardInterrupt) as error:
         if not writer.parts_done:
             raise
-        kept = (
-            f"{writer.parts_done} parts are kept in {writer.unfinished}: the same command goes on"
-        )
+        kept = f"{writer.parts_done} parts are kept in {writer.unfinished}; run the command again"
         if isinstance(error, InputError):
             raise InputError(f"{error}; {kept}") from error
         print(kept, file=sys.stderr)
@@ -244,7 +242,8 @@ def _part(
     leaf_fmt = spec.format(fmt)
 
     def quantize(block: slice, into: slice, arrays: Arrays) -> None:
-        tensor = weights.read(name, block)
+        shape = (block.stop - block.start, *spec.torch_shape[1:])
+        tensor = weights.read(name, block, scratch(shape, weights.dtype(name)))
         check_finite(tensor, name, block.start)
         data, scale = arrays["data"], arrays["scale"]
         if leaf_fmt.kind == "nf4":

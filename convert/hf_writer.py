@@ -110,7 +110,8 @@ def _check_target(folder: pathlib.Path, total: int) -> None:
         raise InputError(f"{folder} has {free} bytes free, {total} are needed; free some space")
 
 
-def _write_shard(path: pathlib.Path, members: Sequence[StreamedTensor]) -> None:
+def shard_header(members: Sequence[StreamedTensor]) -> tuple[bytes, dict[str, int]]:
+    """All of a shard before the data, and the byte after it at which each tensor begins."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     begin, begins = 0, {}
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -124,10 +125,15 @@ def _write_shard(path: pathlib.Path, members: Sequence[StreamedTensor]) -> None:
         }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, begins
+
+
+def _write_shard(path: pathlib.Path, members: Sequence[StreamedTensor]) -> None:
+    header, begins = shard_header(members)
     with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(header)
         for tensor in members:
-            file.seek(8 + len(raw) + begins[tensor.name])
+            file.seek(len(header) + begins[tensor.name])
             _write_blocks(file, tensor)
         file.flush()
         os.fsync(file.fileno())

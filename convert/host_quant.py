@@ -18,6 +18,7 @@ from qwen_jax.quant import (
     NF4_CODE,
     NF4_SCALE_BLOCK,
     TINY,
+    QTensor,
     QuantFormat,
     nf4_offset,
 )
@@ -131,3 +132,25 @@ def _pack(
 ) -> None:
     pairs = codes.view("<u2")
     np.copyto(data, pairs | (pairs >> 4), casting="unsafe")
+
+
+def dequantized_rows(
+    q: QTensor,  # of one matrix, numpy arrays
+    rows: slice,
+) -> np.ndarray:
+    """Some rows [R, I] of the weight in float32, outputs flattened."""
+    data = q.data.reshape(-1, q.data.shape[-1])[rows]
+    groups = q.scale.shape[-1]
+    scale = q.scale.reshape(-1, groups)[rows]
+    if q.kind == "nf4":
+        start = rows.indices(q.scale.size // groups)[0] * groups
+        block = np.arange(start, start + scale.size) // NF4_SCALE_BLOCK
+        largest = q.scale_absmax[block].reshape(scale.shape)
+        scale = DYNAMIC_CODE[scale] * largest + np.float32(q.scale_offset)
+    if q.kind == "int8":
+        codes = data.astype(np.float32)
+    else:
+        nibbles = np.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)
+        codes = NF4_CODE[nibbles] if q.kind == "nf4" else nibbles - np.float32(INT4_ZERO_POINT)
+    w = codes.reshape(*scale.shape, -1) * scale.astype(np.float32)[..., None]
+    return w.reshape(data.shape[0], -1)

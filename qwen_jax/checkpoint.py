@@ -85,6 +85,10 @@ class StoredParams:
         self.manifest = load_manifest(self.path)
         self._arrays = _open_arrays(self.path, self.manifest)
 
+    def array(self, name: str) -> ts.TensorStore:
+        """One array by its dotted name; reading it raises ValueError where it is damaged."""
+        return self._arrays[name]
+
     def read(self, spec: ParamSpec, index: int | slice) -> np.ndarray | QTensor:
         """Layer `index` of a stacked weight, rows `index` of any other."""
         name = ".".join(spec.path)

@@ -9,7 +9,6 @@ Where the weights come from is not known here.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.files import write_json
 from qwen_jax.journal import Journal, boot_id
-from qwen_jax.layout import part_number, stored_leaves, written_spec
+from qwen_jax.layout import leaf_checksum, part_number, stored_leaves, written_spec
 from qwen_jax.manifest import MANIFEST_NAME, Manifest, load_manifest
 from qwen_jax.orbax_folder import make_empty_arrays
 from qwen_jax.params import ParamSpec
@@ -184,6 +183,7 @@ class CheckpointWriter:
     def _go_on_or_begin(self) -> None:
         """Takes over what an earlier run left, if it was to make the same."""
         about = self._about()
+        self._staging.keep = True
         self._journal = Journal(self._staging.work / "journal.jsonl")
         old = self._journal.about
         if old is not None and old != about:
@@ -200,15 +200,16 @@ class CheckpointWriter:
         if old == about and self._params.is_dir():
             self._forget_damaged_parts()
         else:
+            self._staging.keep = False
             self._staging.clear()
             with _write_errors_named(self.path):
                 make_empty_arrays(self._params, self._leaves)
             self._journal.begin(about)
-        self._staging.keep = True
         done = [f for part in self._journal.parts.values() for f in part["files"]]
         written = sum((self._params / file).stat().st_size for file in done)
         total = sum(leaf.num_bytes for leaf in self._leaves.values())
         self._staging.check_free(total - written)
+        self._staging.keep = True
 
     def _about(self) -> dict[str, Any]:
         about = self._manifest.to_dict()
@@ -237,8 +238,8 @@ class CheckpointWriter:
     def _read(self, leaf: str, file: str) -> None:
         """Reads a file whole, which compares its checksums; ValueError if they differ."""
         number = self._leaves[leaf].files().index(file)
-        rows = self._leaves[leaf].file_shape[0]
-        self._store(leaf)[number * rows : (number + 1) * rows].read().result()
+        for index in self._leaves[leaf].read_steps(number):
+            self._store(leaf)[index].read().result()
 
     def _store(self, leaf: str) -> ts.TensorStore:
         if leaf not in self._stores:
@@ -251,11 +252,6 @@ class CheckpointWriter:
     def _fields(self, spec: ParamSpec) -> list[str]:
         fmt = spec.format(self._manifest.quantization)
         return [""] if fmt is None else list(fmt.shapes(spec.out_shape, spec.in_size))
-
-
-def leaf_checksum(file_digests: list[str]) -> str:
-    """The manifest's checksum of a leaf, from the digests of its files in order."""
-    return hashlib.sha256("".join(file_digests).encode()).hexdigest()
 
 
 def copy_sidecars(source: pathlib.Path, target: pathlib.Path) -> list[str]:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,18 @@ class StoredLeaf:
         count = -(-self.shape[0] // self.file_shape[0])
         return ["/".join(["c", str(i), *["0"] * (len(self.shape) - 1)]) for i in range(count)]
 
+    def read_steps(self, number: int) -> Iterator[tuple[slice, ...]]:
+        """Indices that cover file `number` together, each some whole pieces of it."""
+        index = [slice(0, size) for size in self.shape]
+        rows = self.file_shape[0]
+        index[0] = slice(number * rows, min((number + 1) * rows, self.shape[0]))
+        counts = [f // p for f, p in zip(self.file_shape, self.piece_shape, strict=True)]
+        axis = counts.index(max(counts))
+        start, stop, _ = index[axis].indices(self.shape[axis])
+        for begin in range(start, stop, self.piece_shape[axis]):
+            index[axis] = slice(begin, min(begin + self.piece_shape[axis], stop))
+            yield tuple(index)
+
     def file_digest(self, path: pathlib.Path) -> str:
         """Identifies a file's content by the checksums in it, which whoever reads it compares.
 
@@ -109,6 +122,11 @@ class StoredLeaf:
                 "codecs": [{"name": "sharding_indexed", "configuration": pieces}],
             },
         }
+
+
+def leaf_checksum(file_digests: list[str]) -> str:
+    """The manifest's checksum of a leaf, from the digests of its files in order."""
+    return hashlib.sha256("".join(file_digests).encode()).hexdigest()
 
 
 def array_spec(folder: pathlib.Path) -> dict[str, Any]:

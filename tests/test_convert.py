@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import flax_to_hf, hf_to_flax
+from convert import flax_to_hf, hf_to_flax, stream
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax import checkpoint, layout
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
@@ -275,6 +276,20 @@ def test_not_a_checkpoint(hf, tmp_path):
     (tmp_path / checkpoint.MANIFEST_NAME).write_text('{"format": "other"}')
     with pytest.raises(InputError, match="convert the model again"):
         load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_memory_is_bounded(tmp_path, monkeypatch, kind):
+    """With room for 4 MB of arrays, 60 MB of weights never lie in memory together."""
+    sizes = dict(hidden_size=256, kv_channels=64, ffn=1024, vocab_size=9000, num_layers=30)
+    source = write_tiny_checkpoint(tmp_path / "hf", tokenizer=False, **sizes)
+    for name in ("_FILLING_BYTES", "_WRITING_BYTES", "_FREE_BYTES"):
+        monkeypatch.setattr(stream, name, 4_000_000)
+    tracemalloc.start()
+    hf_to_flax.convert(source, tmp_path / "ck", fmt=QuantFormat.named(kind))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25e6 < sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2
 
 
 def test_every_layer_must_be_written(hf, tmp_path):
