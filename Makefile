@@ -5,6 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow lint
 
 .venv/.ready: pyproject.toml
+	@echo "== set up .venv: JAX for the CPU and some packages, about a minute"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -e '.[demo]'
@@ -13,6 +14,7 @@ BIN := .venv/bin
 # The reference is pinned for the tests only: a plain "torch" may bring gigabytes of CUDA along.
 TORCH ?= torch==2.13.0
 .venv/.ready-test: .venv/.ready
+	@echo "== set up the tests: PyTorch and others to compare with, some minutes"
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet -e '.[demo,test]'
 	touch $@

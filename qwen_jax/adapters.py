@@ -34,6 +34,16 @@ from qwen_jax.peft_files import (
 _log = logging.getLogger(__name__)
 _FINGERPRINT_KEY = "base_fingerprint"  # in the safetensors metadata, which PEFT ignores
 _PREFIX = "base_model.model."
+# What other families call these layers: recipes are copied, and the nearest name would mislead.
+_ELSEWHERE = {
+    "q_proj": "c_attn",
+    "k_proj": "c_attn",
+    "v_proj": "c_attn",
+    "o_proj": "attn.c_proj",
+    "up_proj": "w1",
+    "gate_proj": "w2",
+    "down_proj": "mlp.c_proj",
+}
 
 
 @struct.dataclass
@@ -78,6 +88,8 @@ def target_specs(cfg: ModelConfig, targets: tuple[str, ...]) -> list[ParamSpec]:
         else:
             known = [*by_name, "all"]
             hint = did_you_mean(target, known)
+            if target in _ELSEWHERE:
+                hint = f"; this model calls it {_ELSEWHERE[target]!r}"
             if target == "c_proj":
                 hint = "; there are two: did you mean attn.c_proj, mlp.c_proj or both?"
             raise InputError(

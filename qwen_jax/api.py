@@ -28,7 +28,7 @@ from qwen_jax.engine import Engine, check_ids, padded_rows
 from qwen_jax.errors import InputError
 from qwen_jax.generation_config import GenerationDefaults
 from qwen_jax.sampling import SamplingParams
-from qwen_jax.sharding import describe_mesh, make_mesh, parse_mesh
+from qwen_jax.sharding import check_tensor_axis, make_mesh, parse_mesh
 from qwen_jax.tokenizer import RANKS_FILE, Tokenizer
 
 
@@ -78,13 +78,7 @@ def mesh_sizes(mesh: str | int | Mapping[str, int], cfg: ModelConfig) -> dict[st
     if text.strip().isdigit():
         split = math.gcd(tensor, cfg.num_heads, cfg.ffn_size)
         return sizes | {"tensor": split, "fsdp": tensor // split}
-    if cfg.num_heads % tensor or cfg.ffn_size % tensor:
-        largest = math.gcd(tensor, cfg.num_heads, cfg.ffn_size)
-        raise InputError(
-            f"--mesh {describe_mesh(sizes)}: tensor={tensor} must divide the {cfg.num_heads} heads "
-            f"and {cfg.ffn_size} FFN columns of this model; use tensor={largest} and give the "
-            "other devices to fsdp or data"
-        )
+    check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
     return sizes
 
 

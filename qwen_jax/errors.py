@@ -1,8 +1,8 @@
 """The one kind of error that a user is meant to read.
 
 Everything a user can cause (a corrupt shard, a misspelt target, a mesh that does not fit) raises
-`InputError`; programs print its single line and exit 1. Any other exception is a bug of ours and
-keeps its traceback.
+`InputError`; programs print its single line and exit 1, or 2 if the command line alone is wrong
+(`UsageError`). Any other exception is a bug of ours and keeps its traceback.
 """
 
 import difflib
@@ -12,6 +12,10 @@ from typing import Any
 
 class InputError(ValueError):
     """Bad input: the message says what was got, what was expected and what to do, in one line."""
+
+
+class UsageError(InputError):
+    """A flag whose value no model and no data could make right; programs exit 2."""
 
 
 def shown(value: Any) -> str:

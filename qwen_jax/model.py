@@ -18,21 +18,19 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, append
+from qwen_jax.cache import KVCache, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
 
 # Dynamic NTK has one frequency row for each doubling of the context; 16 doublings are plenty.
 _NTK_ROWS = 16
-
-# What a layer can keep for its backward pass, by name (see `remat_policy`).
-SAVED_NAMES = ("qkv", "attention", "up", "gate", "residual")
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -93,30 +91,47 @@ def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
     return jnp.where(positions >= cfg.seq_length, factor, 1.0)[:, :, None, None]
 
 
-def linear(x: jax.Array, w: Weight, lora: dict[str, jax.Array] | None, scale: float) -> jax.Array:
-    """x [..., I] -> [..., *O]: the frozen weight, plus the low-rank correction if there is one."""
-    y = qmatmul(x, w)
-    if lora is None:
+def shrink(
+    x: jax.Array,  # [..., I]
+    pairs: list[Params],  # each with a [R, I]
+) -> list[jax.Array]:  # each [..., R]
+    """The narrow halves of LoRA for all weights that read the same x, as one product."""
+    a = jnp.concatenate([pair["a"] for pair in pairs])
+    low = jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))
+    return jnp.split(low, len(pairs), axis=-1)
+
+
+def linear(
+    x: jax.Array,  # [..., I]
+    w: Weight,  # [*O, I]
+    pair: Params | None = None,  # LoRA as `lora_layers` gives it: a [R, I], b [R, *O]
+    low: jax.Array | None = None,  # [..., R]: LoRA's narrow half, if it was made already
+    compute: str = "bf16",  # or "fp8" for the product with the frozen weight
+) -> jax.Array:  # [..., *O]
+    """The frozen weight, plus the low-rank correction if there is one."""
+    y = qmatmul(x, w, compute)
+    if pair is None:
         return y
-    # a [R, I], b [*O, R]; two small GEMMs in the compute dtype.
-    low = jnp.einsum("...i,ri->...r", x, lora["a"].astype(x.dtype))
-    b = lora["b"].astype(x.dtype)
-    up = jax.lax.dot_general(low, b, (((low.ndim - 1,), (b.ndim - 1,)), ((), ())))
-    return y + up * scale
+    if low is None:
+        (low,) = shrink(x, [pair])
+    return y + jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
 
 
-def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
+def mlp_block(x: jax.Array, w: Params, lora: Params, linear=linear) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up = checkpoint_name(linear(x, w["up"], lora.get("up"), scale), "up")
-        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), scale), "gate")
-        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale)
+        low_up = low_gate = None
+        if "up" in lora and "gate" in lora:
+            low_up, low_gate = shrink(x, [lora["up"], lora["gate"]])
+        up = checkpoint_name(linear(x, w["up"], lora.get("up"), low_up), UP)
+        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), low_gate), GATE)
+        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"))
 
 
-def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project_qkv(x, w, lora, angles, logn, linear=linear) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale) + w["bqkv"]  # [B, T, 3, N, H]
-    qkv = checkpoint_name(qkv, "qkv")
+    qkv = checkpoint_name(linear(x, w["wqkv"], lora.get("wqkv")), QKV)  # [B, T, 3, N, H]
+    qkv = qkv + w["bqkv"]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -124,10 +139,9 @@ def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Ar
     return q, k, v
 
 
-def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
+def project_out(x: jax.Array, w: Params, lora: Params, linear=linear) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    x = checkpoint_name(x, "attention").reshape(*x.shape[:2], -1)
-    return linear(x, w["wo"], lora.get("wo"), scale)
+    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"))
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -147,10 +161,35 @@ def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
     return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
 
 
-def _lora_layers(lora: Lora | None) -> tuple[Params, float]:
+def _layer_weights(layers: Params, index: jax.Array) -> Params:
+    """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
+    layers would first be copied out of the stacks, gigabytes of it."""
+
+    def one(stack: jax.Array) -> jax.Array:
+        w = jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+        return checkpoint_name(w, WEIGHT)
+
+    return jax.tree.map(one, layers)
+
+
+def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
+    """The stacks as a layer uses them, a [L, R, I] and b [L, R, *O] in the compute dtype.
+
+    Once for all layers, not in each, b gets its outputs contiguous and takes in the scale: what is
+    left of LoRA is then a bare sum of two products, which XLA can accumulate in one GEMM.
+    """
     if lora is None:
-        return {}, 0.0
-    return lora.weights.get("layers", {}), lora.scale
+        return {}
+    layers: Params = {}
+    for block, pairs in lora.weights.get("layers", {}).items():
+        layers[block] = {
+            name: {
+                "a": pair["a"].astype(dtype),
+                "b": jnp.moveaxis(pair["b"] * lora.scale, -1, 1).astype(dtype),
+            }
+            for name, pair in pairs.items()
+        }
+    return layers
 
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -167,20 +206,20 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return jax.lax.dot_general(hidden, head, dims, preferred_element_type=jnp.float32)
 
 
-def decoder_layer(cfg, x, w, low, scale, angles, logn, attend):
+def decoder_layer(cfg, x, w, low, angles, logn, attend, linear=linear):
     """One layer: x [B, T, D] -> x and whatever `attend(q, k, v) -> (y, kept)` keeps.
 
     w and low are this layer's weights and LoRA pairs; `attend` is the only thing in which a layer
-    with a cache differs from one without.
+    with a cache differs from one without, `linear` that in which training in fp8 differs.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
     y = rms_norm(x, w["ln_1"], cfg.norm_eps)
-    q, k, v = project_qkv(cfg, y, w["attn"], low_attn, scale, angles, logn)
+    q, k, v = project_qkv(y, w["attn"], low_attn, angles, logn, linear)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)
-    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), "residual")
+    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, linear), RESIDUAL)
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
-    return x + mlp_block(y, w["mlp"], low_mlp, scale), kept
+    return x + mlp_block(y, w["mlp"], low_mlp, linear), kept
 
 
 def hidden_states(
@@ -192,7 +231,9 @@ def hidden_states(
     positions: jax.Array | None = None,  # int32 [B, T]; default 0..T-1
     segments: jax.Array | None = None,  # int32 [B, T]: packed sequences do not see each other
     lengths: jax.Array | None = None,  # int32 [B]: inference with dynamic NTK and logn
-    remat: str = "none",
+    embedded: jax.Array | None = None,  # [B, T, D]: the embedding, if it was looked up already
+    remat: Remat | None = None,  # what the backward pass keeps; None: no gradient is wanted
+    compute: str = "bf16",  # "fp8": products with frozen weights in e4m3
     mesh: Mesh | None = None,
 ) -> jax.Array:  # [B, T, D], after the final norm
     """The decoder without a cache: training, or (given prompt `lengths`) scoring.
@@ -206,30 +247,25 @@ def hidden_states(
     ntk = jnp.zeros((B,), jnp.int32) if lengths is None else ntk_row(cfg, lengths)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
-    lora_layers, scale = _lora_layers(lora)
+    x = embed(params, tokens, mesh) if embedded is None else embedded
+    pairs = lora_layers(lora, x.dtype)
     gather = _gather(cfg, params["layers"], mesh)
+    multiply = functools.partial(linear, compute=compute)
 
     def attend(q, k, v):
         return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None
 
-    def layer(x, weights):
-        w, low = weights
-        return decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
+    def layer(x, per_layer):
+        index, low = per_layer
+        w = gather(_layer_weights(params["layers"], index))
+        return decoder_layer(cfg, x, w, low, angles, logn, attend, multiply)
 
-    if remat != "none":
-        layer = jax.checkpoint(layer, policy=remat_policy(remat), prevent_cse=False)
-    x = embed(params, tokens, mesh)
-    x, _ = jax.lax.scan(layer, x, (params["layers"], lora_layers))
+    runs = [(0, cfg.num_layers, None)] if remat is None else remat.ranges()
+    for start, stop, level in runs:
+        body = layer if level is None else checkpointed(layer, level)
+        low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
+        x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
-
-
-def remat_policy(remat: str):
-    """What a rematerialized layer keeps: `full` nothing, `selective` every GEMM's output."""
-    if remat == "full":
-        return jax.checkpoint_policies.nothing_saveable
-    if remat == "selective":
-        return jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-    raise ValueError(f"remat {remat!r}: expected full, selective or none")
 
 
 def forward(
@@ -241,6 +277,7 @@ def forward(
     *,
     counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
     prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts; see below
+    fresh: bool = False,  # promises an empty cache: attention then needs no look into it
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D] after the final norm, cache with the T tokens
     """Runs T new tokens of each row after what its cache holds: prefill (T long) or decode (T = 1).
@@ -255,32 +292,27 @@ def forward(
     positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
-    lora_layers, scale = _lora_layers(lora)
+    pairs = lora_layers(lora, params["wte"].dtype)
     gather = _gather(cfg, params["layers"], mesh)
 
     def layer(carry, weights):
-        x, k_stack, v_stack = carry
+        # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
+        x, cache = carry
         index, w, low = weights
 
         def attend(q, k, v):
-            # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
-            keys = append(k_stack, k, index, cache.lengths)
-            values = append(v_stack, v, index, cache.lengths)
-            k_all, v_all = (
-                jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False).astype(q.dtype)
-                for stack in (keys, values)
-            )
-            return attention(q, k_all, v_all, q_index=positions), (keys, values)
+            written = write(cache, index, k, v)
+            if fresh:
+                return attention(q, k, v, q_index=positions, causal_square=True), written
+            k_all, v_all = read(written, index, q.dtype)
+            return attention(q, k_all, v_all, q_index=positions), written
 
-        x, stacks = decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
-        return (x, *stacks), None
+        return decoder_layer(cfg, x, gather(w), low, angles, logn, attend), None
 
     x = embed(params, tokens, mesh)
     indices = jnp.arange(cfg.num_layers)
-    (x, k, v), _ = jax.lax.scan(
-        layer, (x, cache.k, cache.v), (indices, params["layers"], lora_layers)
-    )
-    cache = KVCache(k=k, v=v, lengths=cache.lengths + counts, ntk=ntk)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], pairs))
+    cache = cache.replace(lengths=cache.lengths + counts, ntk=ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
 
 

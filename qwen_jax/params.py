@@ -242,23 +242,23 @@ def init_params(
         std = cfg.initializer_range
         if spec.path[-1] in ("wo", "down"):
             std /= math.sqrt(2 * cfg.num_layers)
-        w = (jax.random.normal(key, spec.shape) * std).astype(dtype)
+        w = jax.random.normal(key, spec.shape, dtype) * jnp.asarray(std, dtype)
         leaf_fmt = spec.format(fmt)
         return w if leaf_fmt is None else quantize(w, leaf_fmt)
 
-    def build(key: jax.Array) -> dict[str, Any]:
-        leaves = {}
-        for index, spec in enumerate(param_table(cfg)):
-            leaf_key = jax.random.fold_in(key, index)
-            if spec.stacked:
-                keys = jax.random.split(leaf_key, spec.layers)
-                leaves[spec.path] = jax.lax.map(lambda k, spec=spec: one(spec, k), keys)
-            else:
-                leaves[spec.path] = one(spec, leaf_key)
-        return nest(leaves)
+    def build(spec: ParamSpec, key: jax.Array) -> Any:
+        if not spec.stacked:
+            return one(spec, key)
+        return jax.lax.map(lambda k: one(spec, k), jax.random.split(key, spec.layers))
 
-    out = shardings(abstract) if mesh is not None else None
-    return jax.jit(build, out_shardings=out)(key)
+    layouts = traverse_util.flatten_dict(shardings(abstract)) if mesh is not None else {}
+    leaves = {}
+    # One program a row, plain ones first: what it needs besides is gone before memory fills.
+    table = param_table(cfg)
+    for spec in sorted(table, key=lambda spec: spec.format(fmt) is not None):
+        program = jax.jit(build, static_argnums=0, out_shardings=layouts.get(spec.path))
+        leaves[spec.path] = program(spec, jax.random.fold_in(key, table.index(spec)))
+    return nest(leaves)
 
 
 def tree_bytes(tree: Any) -> int:

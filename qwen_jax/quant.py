@@ -268,6 +268,15 @@ def group_scales(q: QTensor) -> jax.Array:
     return jnp.asarray(DYNAMIC_CODE)[q.scale] * per_scale + q.scale_offset
 
 
+def largest(q: QTensor) -> jax.Array:
+    """A bound on the magnitude of all values, float32 [], from the scales alone; never zero."""
+    if q.kind == "nf4":
+        bound = jnp.max(q.scale_absmax) + q.scale_offset  # the codes of both levels end at 1
+    else:
+        bound = jnp.max(q.scale).astype(jnp.float32) * (127 if q.kind == "int8" else 8)
+    return jnp.maximum(bound, 1e-30)
+
+
 def dequantize(
     q: QTensor,
     dtype: jnp.dtype,
@@ -282,3 +291,14 @@ def dequantize(
         codes = jnp.asarray(NF4_CODE)[unpack_nibbles(q.data)]
     w = _grouped(codes, q.scale.shape[-1]) * scales
     return w.reshape(q.shape).astype(dtype)
+
+
+def quantize_heads(
+    x: jax.Array,  # [..., H]
+) -> tuple[jax.Array, jax.Array]:  # int8 [..., H], bfloat16 [...]
+    """Rounds each head to 255 levels, with the scale that is really stored."""
+    x = x.astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(jnp.bfloat16)
+    step = scale.astype(jnp.float32)[..., None]
+    codes = jnp.round(x / jnp.where(step > 0, step, 1.0))
+    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale

@@ -4,23 +4,29 @@ An input line is {"prompt": "..."} or {"messages": [{"role": ..., "content": ...
 line {"prompt": ..., "response": "..."}. Settings that are not given come from the checkpoint's
 generation_config.json. Row i of a file draws with seed + i, so its text depends neither on
 --batch_size nor on the other rows.
+
+With --output FILE rows gather in FILE.partial as they finish; a run that was stopped goes on
+from there when its command is given again, and FILE appears when all rows are there.
 """
 
-import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from qwen_jax import api, chatml
+from qwen_jax.adapters import ADAPTER_WEIGHTS
+from qwen_jax.checkpoint import DTYPES
 from qwen_jax.cli import parse, run
-from qwen_jax.errors import InputError
-from qwen_jax.files import replacing
-from qwen_jax.sampling import SamplingParams
+from qwen_jax.errors import InputError, UsageError
+from qwen_jax.sampling import SamplingParams, check_setting
+from sample.answers_file import AnswersFile
 
 
 @dataclass(kw_only=True)
@@ -28,23 +34,29 @@ class ModelFlags:
     """What every program that runs a model asks for."""
 
     checkpoint: str
-    """Folder that convert wrote."""
+    """folder that convert wrote"""
     adapter: str | None = None
-    """Folder of a PEFT LoRA adapter."""
+    """folder of a PEFT LoRA adapter"""
     mesh: str | None = None
-    """Devices: a number, or sizes such as fsdp=2,tensor=4."""
+    """number of devices, or sizes such as fsdp=2,tensor=4; unset: one device"""
     dtype: str | None = None
-    """Compute dtype; default that of the checkpoint."""
+    """compute dtype, bfloat16 or float32; unset: that of the checkpoint"""
     system: str = chatml.DEFAULT_SYSTEM
-    """System message."""
+    """system message"""
     greedy: bool = False
-    """The likeliest token every time."""
+    """the likeliest token every time"""
     temperature: float | None = None
+    """divides the logits; 0 is --greedy; unset: as in generation_config.json"""
     top_k: int | None = None
+    """tokens to draw from, the likeliest; 0: all; unset: as in generation_config.json"""
     top_p: float | None = None
+    """probability, 0 to 1, that the tokens to draw from have together; unset: as there"""
     repetition_penalty: float | None = None
+    """over 1 makes tokens of prompt and answer less likely; unset: as there"""
     max_new_tokens: int | None = None
+    """longest answer, in tokens; unset: as there"""
     seed: int = 0
+    """the same seed gives the same text"""
 
 
 @dataclass(kw_only=True)
@@ -52,15 +64,15 @@ class Args(ModelFlags):
     """Generate text for one prompt or a file of them."""
 
     prompt: str | None = None
-    """The prompt itself."""
+    """the prompt itself"""
     input: str | None = None
-    """JSONL file, one prompt or conversation a line."""
+    """JSONL file, a {"prompt": ...} or {"messages": [...]} a line"""
     output: str | None = None
-    """JSONL file that appears whole at the end; default standard output."""
+    """JSONL file, whole when it appears, rows gather in FILE.partial; unset: standard output"""
     raw: bool = False
-    """The prompt is plain text to be continued, no chat message."""
+    """the prompt is plain text to be continued, no chat message"""
     batch_size: int = 8
-    """Prompts that run together."""
+    """prompts that run together"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,23 @@ class Request:
     prompt: Any
     ids: list[int]
     params: SamplingParams
+
+
+def check_flags(flags: ModelFlags) -> None:
+    """UsageError for what no checkpoint could make right, before minutes of loading."""
+    for name in ("checkpoint", "adapter"):
+        if getattr(flags, name) == "":
+            raise UsageError(f"--{name} is empty")
+    if flags.dtype is not None and flags.dtype not in DTYPES:
+        raise UsageError(f"--dtype is {flags.dtype!r}; expected {' or '.join(DTYPES)}")
+    settings = ("top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    # A temperature of 0 means greedy.
+    for name in (*settings, "temperature") if flags.temperature else settings:
+        if (value := getattr(flags, name)) is not None:
+            try:
+                check_setting(name, value)
+            except InputError as error:
+                raise UsageError(f"--{error}") from None
 
 
 def open_model(flags: ModelFlags) -> api.Model:
@@ -133,13 +162,16 @@ def make_request(
 ) -> Request:
     """Encodes one prompt, plain or as a chat."""
     tokenizer = model.tokenizer
+    turns = [chatml.Turn("user", given)] if isinstance(given, str) else given
+    for text in (turn.content for turn in turns if isinstance(turn.content, str)):
+        if re.search("[\ud800-\udfff]", text):
+            raise InputError("the prompt is no UTF-8 text (half a surrogate pair); mend it")
     if raw:
         if not isinstance(given, str):
             raise InputError("messages cannot be continued as plain text; leave out --raw")
         if not given:
             raise InputError("the prompt is empty; plain text needs something to continue")
         return Request(given, tokenizer.encode(given), params)
-    turns = [chatml.Turn("user", given)] if isinstance(given, str) else given
     ids = chatml.encode_prompt(tokenizer, turns, system, model.defaults.max_window_size)
     shown = given if isinstance(given, str) else [dataclasses.asdict(turn) for turn in given]
     return Request(shown, ids, params)
@@ -158,22 +190,67 @@ def answers(
             yield (text if raw else chatml.decode_answer(tokenizer, ids)), len(ids)
 
 
-@contextlib.contextmanager
-def _output(path: str | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
-        return
-    with replacing(pathlib.Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        yield file
-        file.flush()
+def run_settings(args: Args, model: api.Model, params: SamplingParams, raw: bool) -> dict[str, Any]:
+    """All that decides a row's text beside its prompt: a run with other values is another run."""
+    adapter = None
+    if args.adapter is not None:
+        with open(pathlib.Path(args.adapter) / ADAPTER_WEIGHTS, "rb") as file:
+            adapter = hashlib.file_digest(file, "sha256").hexdigest()
+    quantization = model.manifest.quantization
+    return {
+        "checkpoint": model.manifest.fingerprint,
+        "quantization": dataclasses.asdict(quantization) if quantization else None,
+        "dtype": args.dtype or model.manifest.dtype,
+        "adapter": adapter,
+        "raw": raw,
+        "system": args.system,
+        "max_window_size": model.defaults.max_window_size,
+        **dataclasses.asdict(params),
+    }
+
+
+def write_answers(
+    output: AnswersFile, model: api.Model, requests: list[Request], batch_size: int, raw: bool
+) -> tuple[int, int]:
+    """Answers what is not yet in `output` and finishes it; returns how many, and their tokens."""
+    with output:
+        if output.done:
+            print(
+                f"{output.partial}: {output.done} of {len(requests)} answers are there, going on",
+                file=sys.stderr,
+            )
+        rest = requests[output.done :]
+        count = tokens = 0
+        try:
+            for row, length in answer_rows(model, rest, batch_size, raw):
+                output.add(row)
+                count, tokens = count + 1, tokens + length
+        except BaseException:
+            print(
+                f"stopped; {output.done + count} of {len(requests)} answers are in "
+                f"{output.partial}, the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise
+        output.finish()
+    return count, tokens
+
+
+def answer_rows(
+    model: api.Model, requests: list[Request], batch_size: int, raw: bool
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """The output row of each request, and its number of tokens."""
+    texts = answers(model, requests, batch_size, raw)
+    for request, (text, length) in zip(requests, texts, strict=True):
+        yield {"prompt": request.prompt, "response": text}, length
 
 
 def _check(args: Args) -> None:
-    """All that can be refused before minutes of loading."""
+    check_flags(args)
     if (args.prompt is None) == (args.input is None):
-        raise InputError("give either --prompt TEXT or --input FILE.jsonl")
+        raise UsageError("give either --prompt TEXT or --input FILE.jsonl")
     if args.batch_size < 1:
-        raise InputError(f"--batch_size is {args.batch_size}; expected at least 1")
+        raise UsageError(f"--batch_size is {args.batch_size}; expected at least 1")
     if args.output is not None:
         path = pathlib.Path(args.output)
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -197,16 +274,20 @@ def main(argv: list[str] | None = None) -> None:
             requests.append(make_request(model, prompt, own, args.system, raw))
         except InputError as error:
             raise InputError(f"{place}: {error}") from None
-    begin, tokens = time.perf_counter(), 0
-    with _output(args.output) as file:
-        texts = answers(model, requests, args.batch_size, raw)
-        for request, (text, count) in zip(requests, texts, strict=True):
-            row = {"prompt": request.prompt, "response": text}
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-            tokens += count
+    begin = time.perf_counter()
+    if args.output is None:
+        count = tokens = 0
+        for row, length in answer_rows(model, requests, args.batch_size, raw):
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+            count, tokens = count + 1, tokens + length
+    else:
+        settings = run_settings(args, model, params, raw)
+        prompts = [request.prompt for request in requests]
+        output = AnswersFile(pathlib.Path(args.output), settings, prompts)
+        count, tokens = write_answers(output, model, requests, args.batch_size, raw)
     seconds = time.perf_counter() - begin
     print(
-        f"{len(requests)} answers, {tokens} tokens in {seconds:.1f} s, compilation included: "
+        f"{count} answers, {tokens} tokens in {seconds:.1f} s, compilation included: "
         f"{tokens / seconds:.1f} tok/s",
         file=sys.stderr,
     )

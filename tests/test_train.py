@@ -30,12 +30,15 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train import lora as program
 from train import loss as loss_file
+from train.base import quantize_params
 from train.loss import next_token_loss
 from train.report import Report
 from train.step import (
+    Compute,
     compile_step,
     init_state,
     loss_and_grads,
@@ -61,7 +64,8 @@ def random_batch(cfg, shape, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "remat", "mesh"))
 def jitted(cfg, params, lora, batch, remat="full", mesh=None):
-    return loss_and_grads(cfg, params, lora, batch, remat=remat, mesh=mesh)
+    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
+    return loss_and_grads(cfg, params, lora, batch, compute)
 
 
 def random_lora(cfg, lora_cfg=ALL, seed=0):
@@ -139,7 +143,7 @@ def torch_loss_and_grads(cfg, weights, lora, tokens, mask):
     return loss.item(), grads
 
 
-@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+@pytest.mark.parametrize("remat", ["none", "selective", "attention", "full", "selective:1,full:2"])
 def test_lora_gradients_match_torch(remat):
     cfg = tiny_config()
     weights, lora = random_weights(cfg), random_lora(cfg)
@@ -251,7 +255,8 @@ def test_compiled_step_learns_and_compiles_once():
     state = init_state(optimizer, init_lora(cfg, ALL, jax.random.key(0), mesh), mesh)
     moment = state.opt_state[1][0].mu.weights["layers"]["mlp"]["up"]["b"]
     assert moment.sharding == state.lora.weights["layers"]["mlp"]["up"]["b"].sharding
-    step = compile_step(cfg, optimizer, schedule, state, params, remat="full", mesh=mesh)
+    compute = Compute(remat=Remat.parse("full", cfg.num_layers), mesh=mesh)
+    step = compile_step(cfg, optimizer, schedule, state, params, compute)
     batch, losses = random_batch(cfg, (2, 4, 32)), []
     for _ in range(6):
         old = state
@@ -279,6 +284,8 @@ def test_72b_trains_the_published_number_of_parameters(targets, expected):
 def test_misspelt_target_is_an_error_with_the_right_name():
     with pytest.raises(InputError, match=r"'attn.cproj'.*did you mean 'attn.c_proj'"):
         count_trainable(tiny_config(), LoraConfig(targets=("c_attn", "attn.cproj")))
+    with pytest.raises(InputError, match=r"'q_proj'.*this model calls it 'c_attn'"):
+        count_trainable(tiny_config(), LoraConfig(targets=("q_proj", "v_proj")))
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +386,7 @@ def test_quantization_in_memory_is_that_of_the_format():
     weights = random_weights(cfg)
     mesh = make_mesh(parse_mesh("1"))
     fmt = QuantFormat.named("nf4")
-    ours = program.quantize_params(cfg, to_params(cfg, weights), fmt, mesh)
+    ours = quantize_params(cfg, to_params(cfg, weights), fmt, mesh)
     expected = to_params(cfg, weights, fmt="nf4")
     assert isinstance(ours["layers"]["mlp"]["up"], QTensor)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):

@@ -30,11 +30,12 @@ class Report:
         self.bar = tqdm(total=total, initial=start, unit="step", disable=None)
         self.began = time.perf_counter()
         self.metrics: list[dict] = []
-        self.tokens = 0
+        self.tokens, self.step = 0, start
         self._drop_lines_after(start)
 
     def add(self, step: int, metrics: dict, tokens: int) -> None:
         """`step` steps are done; `tokens` is how many real tokens the last one read."""
+        self.step = step
         self.metrics.append(metrics)
         self.tokens += tokens
         self.bar.update()
@@ -44,7 +45,18 @@ class Report:
     def close(self) -> None:
         self.bar.close()
 
+    def check(self) -> None:
+        """InputError if loss or gradients are no numbers any more: such a state is of no use."""
+        fetched = jax.device_get(self.metrics)
+        if not np.isfinite([[m["loss"], m["grad_norm"]] for m in fetched]).all():
+            raise InputError(
+                f"loss or gradients are no longer finite numbers within the last {len(fetched)} "
+                f"steps, up to step {self.step}; lower --learning_rate and begin anew, or resume "
+                "from an earlier checkpoint"
+            )
+
     def _write(self, step: int) -> None:
+        self.check()
         fetched = jax.device_get(self.metrics)
         seconds = time.perf_counter() - self.began
         weights = np.array([m["tokens"] for m in fetched], np.float64)
@@ -60,11 +72,6 @@ class Report:
         }
         if peak := peak_memory():
             row["peak_memory_bytes"] = peak
-        if not np.isfinite(losses).all():
-            raise InputError(
-                f"the loss is no longer a finite number within the last {len(losses)} steps before "
-                f"step {step}; lower --learning_rate and resume from an earlier checkpoint"
-            )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         line = (

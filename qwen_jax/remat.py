@@ -1,0 +1,102 @@
+"""What the layers of a training step keep for the backward pass, and what they compute again.
+
+    level       kept for each layer, besides its input            bytes a token, bf16, 72B
+    full        nothing                                             0
+    attention   the attention output and its softmax statistics    16,640
+    selective   the outputs of all GEMMs but the last as well       180,480
+    none        everything that the backward pass reads
+
+Layers may differ: `selective:44,full:36` spends whatever memory is left where it saves time. A
+named output that is kept saves the GEMM that made it; every one of them costs the same bytes for
+the same saved work, so what counts is only how many fit. This file knows names, not the layers.
+"""
+
+import dataclasses
+
+import jax
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError, did_you_mean
+
+LEVELS = ("full", "attention", "selective", "none")
+
+# The names that the model gives to its intermediates (jax.ad_checkpoint.checkpoint_name).
+ATTENTION = "attention"
+QKV, RESIDUAL, UP, GATE = "qkv", "residual", "up", "gate"
+WEIGHT = "weight"
+SAVED: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "attention": (ATTENTION,),
+    "selective": (ATTENTION, QKV, RESIDUAL, UP, GATE),
+}
+# cuDNN's forward pass as a primitive: its two outputs, attention and statistics, get no name.
+_FLASH_FORWARD = "dot_product_attention_fwd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """A level for each run of layers, first to last."""
+
+    runs: tuple[tuple[int, str], ...]  # (number of layers, level)
+
+    @classmethod
+    def parse(cls, text: str, num_layers: int) -> "Remat":
+        """`selective`, or `selective:44,full:36`; InputError if it does not fit the layers."""
+        if text in LEVELS:
+            return cls(((num_layers, text),))
+        runs = []
+        for part in text.split(","):
+            level, _, count = part.strip().partition(":")
+            if level not in LEVELS:
+                raise InputError(
+                    f"--remat {text!r}: unknown level {level!r}{did_you_mean(level, LEVELS)}; "
+                    f"expected one of {', '.join(LEVELS)}, or layers such as selective:44,full:36"
+                )
+            if not count.isascii() or not count.isdigit() or int(count) < 1:
+                raise InputError(f"--remat {text!r}: {part!r} needs a number of layers over 0")
+            runs.append((int(count), level))
+        total = sum(count for count, _ in runs)
+        if total != num_layers:
+            raise InputError(f"--remat {text!r} names {total} layers; the model has {num_layers}")
+        return cls(tuple(runs))
+
+    def __str__(self) -> str:
+        if len(self.runs) == 1:
+            return self.runs[0][1]
+        return ",".join(f"{level}:{count}" for count, level in self.runs)
+
+    def ranges(self) -> list[tuple[int, int, str]]:
+        """(first layer, layer after the last, level) of each run."""
+        out, start = [], 0
+        for count, level in self.runs:
+            out.append((start, start + count, level))
+            start += count
+        return out
+
+
+def saved_values(cfg: ModelConfig, level: str) -> int:
+    """How many activation values a layer of `level` keeps for a token, besides its input."""
+    M, D, F = cfg.attention_size, cfg.hidden_size, cfg.ffn_size
+    sizes = {ATTENTION: M, QKV: 3 * M, RESIDUAL: D, UP: F, GATE: F}
+    return sum(sizes[name] for name in SAVED["selective" if level == "none" else level])
+
+
+def checkpointed(layer, level: str):
+    """Wraps a layer function so that its backward pass has what `level` keeps."""
+    if level == "none":
+        # Weights are never kept: they lie in the stack already, a copy would double them.
+        policy = jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)
+    else:
+        policy = _policy(SAVED[level])
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _policy(names: tuple[str, ...]):
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *args, **params):
+        if ATTENTION in names and primitive.name.startswith(_FLASH_FORWARD):
+            return True
+        return named(primitive, *args, **params)
+
+    return policy
