@@ -167,6 +167,26 @@ class QTensor:
         return (*self.data.shape[:-1], self.in_size)
 
 
+@struct.dataclass
+class Layer:
+    """One layer of a stack, not cut out of it: kernels read it where it lies."""
+
+    stack: QTensor  # [L, *O, I]
+    index: jax.Array  # int32 []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that this stands for."""
+        return self.stack.shape[1:]
+
+    def cut(self) -> QTensor:
+        """The layer by itself; XLA makes the slice part of whatever reads it."""
+        index = self.index
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), self.stack
+        )
+
+
 def pack_nibbles(codes: jax.Array) -> jax.Array:
     """codes uint8 [..., I] below 16 -> uint8 [..., I/2], even index in the low nibble."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
@@ -268,8 +288,13 @@ def group_scales(q: QTensor) -> jax.Array:
     return jnp.asarray(DYNAMIC_CODE)[q.scale] * per_scale + q.scale_offset
 
 
-def largest(q: QTensor) -> jax.Array:
+def largest(w: QTensor | Layer) -> jax.Array:
     """A bound on the magnitude of all values, float32 [], from the scales alone; never zero."""
+    if isinstance(w, Layer) and w.stack.kind == "nf4":
+        # Of all layers at once: in a loop over layers XLA can then take it out of the loop.
+        bound = (jnp.max(w.stack.scale_absmax, axis=1) + w.stack.scale_offset)[w.index]
+        return jnp.maximum(bound, 1e-30)
+    q = w.cut() if isinstance(w, Layer) else w
     if q.kind == "nf4":
         bound = jnp.max(q.scale_absmax) + q.scale_offset  # the codes of both levels end at 1
     else:
@@ -278,10 +303,11 @@ def largest(q: QTensor) -> jax.Array:
 
 
 def dequantize(
-    q: QTensor,
+    w: QTensor | Layer,
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Returns the weight [*O, I]: code times scale in float32, rounded once to `dtype`."""
+    q = w.cut() if isinstance(w, Layer) else w
     scales = group_scales(q)[..., None]  # [*O, I/G, 1]
     if q.kind == "int8":
         codes = q.data.astype(jnp.float32)
