@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.profile import kernel_table
-from qwen_jax import engine, packed, runtime
+from qwen_jax import packed, runtime, steps
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
 from qwen_jax.kernels import append_attention
 from qwen_jax.kernels.packing import PackedWeight
+from qwen_jax.model import unembed
 from qwen_jax.params import init_params, tree_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
@@ -49,7 +50,7 @@ class Args:
     batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
     context: int = 1024  # tokens already in the cache
     greedy: bool = False  # the likeliest token instead of top-p 0.8 and penalty 1.1
-    dispatches: int = 6  # timed dispatches of engine.BLOCK tokens, after two that are not
+    dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
     split: bool = False  # the first batch again, with attention and cache as XLA's small kernels
@@ -126,13 +127,13 @@ def start(cfg: ModelConfig, args: Args, batch: int, capacity: int, dtype):
         greedy=args.greedy, top_p=0.8, repetition_penalty=1.1, max_new_tokens=2**30
     )
     rows = [dataclasses.replace(sampling, seed=seed) for seed in range(batch)]
-    requests = engine.Requests(
+    requests = steps.Requests(
         rows=row_params(rows),
         keys=row_keys(rows),
         limits=jnp.full((batch,), 2**30, jnp.int32),
         stops=jnp.array([cfg.vocab_size - 1], jnp.int32),
     )
-    state = engine.DecodeState(
+    state = steps.DecodeState(
         cache=filled_cache(cfg, batch, capacity, args.context, dtype),
         token=jnp.arange(batch, dtype=jnp.int32),
         seen=jnp.zeros((batch, cfg.vocab_size), bool),
@@ -186,22 +187,22 @@ def check(cfg: ModelConfig) -> None:
 def measure(
     cfg: ModelConfig, args: Args, params: dict, batch: int, cache_dtype: str, rate: float
 ) -> dict:
-    tokens = (args.dispatches + 4) * engine.BLOCK
+    tokens = (args.dispatches + 4) * steps.BLOCK
     capacity = -(-(args.context + tokens) // 64) * 64
     dtype = jnp.dtype(cache_dtype) if cache_dtype else params["wte"].dtype
     requests, state = start(cfg, args, batch, capacity, dtype)
     fixed = (cfg, None, cfg.vocab_size, params, None, requests)
     began = time.perf_counter()
-    state, block, _ = engine.decode(*fixed, state)
+    state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     compile_seconds = time.perf_counter() - began
-    state, block, _ = engine.decode(*fixed, state)
+    state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     began = time.perf_counter()
     for _ in range(args.dispatches):
-        state, block, _ = engine.decode(*fixed, state)
+        state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
-    seconds = (time.perf_counter() - began) / (args.dispatches * engine.BLOCK)
+    seconds = (time.perf_counter() - began) / (args.dispatches * steps.BLOCK)
     filled = args.context + tokens // 2
     weights = tree_bytes(params) - tree_bytes(params["wte"])
     stacks = (state.cache.k, state.cache.v, state.cache.k_scale, state.cache.v_scale)
@@ -211,9 +212,9 @@ def measure(
     if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                state, block, _ = engine.decode(*fixed, state)
+                state, block, _ = steps.decode(*fixed, state)
                 jax.block_until_ready(block)
-            print(kernel_table(pathlib.Path(folder), engine.BLOCK, top=24), flush=True)
+            print(kernel_table(pathlib.Path(folder), steps.BLOCK, top=24), flush=True)
     return {
         "batch": batch,
         "cache": str(dtype),
@@ -238,7 +239,7 @@ def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
         abstract = abstract_cache(cfg, 1, tokens, params["wte"].dtype)
         cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
         hidden, cache = packed.forward(cfg, params, ids, cache, fresh=True)
-        return engine.unembed(params, hidden[:, -1]), cache
+        return unembed(params, hidden[:, -1]), cache
 
     ids = jax.random.randint(jax.random.key(3), (1, tokens), 0, cfg.vocab_size)
     jax.block_until_ready(prompt(params, ids))
@@ -260,7 +261,7 @@ def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) ->
         def one(_, carry):
             cache, total = carry
             hidden, new = packed.forward(cfg, params, ids, cache)
-            total = total + engine.unembed(params, hidden).max()
+            total = total + unembed(params, hidden).max()
             return new.replace(lengths=cache.lengths), total
 
         return jax.lax.fori_loop(0, 8, one, (cache, jnp.float32(0)))

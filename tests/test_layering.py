@@ -24,6 +24,8 @@ ORDER = [
     "chatml",
     "sampling",
     "generation_config",
+    "drafts",
+    "steps",
     "engine",
     "slots",
     "api",
