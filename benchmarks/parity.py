@@ -129,15 +129,16 @@ def folder_bytes(folder: pathlib.Path) -> int:
 
 
 def program(name: str, *arguments: object, given: str | None = None) -> str:
-    """Runs one of our programs as a user would, and returns what it printed."""
+    """Runs one of our programs as a user would; what it prints is returned if input is `given`."""
     words = [name, *map(str, arguments)]
     print(f"$ python -m {' '.join(words)}", flush=True)
+    stdout = None if given is None else subprocess.PIPE
     done = subprocess.run(
-        [sys.executable, "-m", *words], input=given, stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", *words], input=given, stdout=stdout, text=True, check=False
     )
     if done.returncode:
         raise InputError(f"{name} ended with exit code {done.returncode}")
-    return done.stdout
+    return done.stdout or ""
 
 
 def expected(model: torch.nn.Module, tokenizer: Tokenizer) -> Expected:

@@ -23,7 +23,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
-from qwen_jax.quant import QTensor, QuantFormat
+from qwen_jax.quant import Layer, QTensor, QuantFormat
 from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
@@ -161,15 +161,23 @@ def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
     return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
 
 
-def _layer_weights(layers: Params, index: jax.Array) -> Params:
+def _layer_weights(layers: Params, index: jax.Array, mesh: Mesh | None) -> Params:
     """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
-    layers would first be copied out of the stacks, gigabytes of it."""
+    layers would first be copied out of the stacks, gigabytes of it.
 
-    def one(stack: jax.Array) -> jax.Array:
+    On one device quantized weights stay where they are, for the kernel that reads them there.
+    """
+
+    def cut(stack: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
         return checkpoint_name(w, WEIGHT)
 
-    return jax.tree.map(one, layers)
+    def one(stack: jax.Array | QTensor) -> Weight:
+        if isinstance(stack, QTensor) and (mesh is None or mesh.size == 1):
+            return Layer(stack=stack, index=index)
+        return jax.tree.map(cut, stack)
+
+    return jax.tree.map(one, layers, is_leaf=lambda w: isinstance(w, QTensor))
 
 
 def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
@@ -257,7 +265,7 @@ def hidden_states(
 
     def layer(x, per_layer):
         index, low = per_layer
-        w = gather(_layer_weights(params["layers"], index))
+        w = gather(_layer_weights(params["layers"], index, mesh))
         return decoder_layer(cfg, x, w, low, angles, logn, attend, multiply)
 
     runs = [(0, cfg.num_layers, None)] if remat is None else remat.ranges()

@@ -135,6 +135,8 @@ def _warm_up(model: api.Model, params: SamplingParams) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, argv)
     check_flags(args)
+    if sys.stdin is None:
+        raise InputError("standard input is closed; questions come from a terminal or a pipe")
     model = open_model(args)
     if model.defaults.chat_format == "raw":
         print("warning: a base model, not trained to chat; see sample.generate", file=sys.stderr)

@@ -1,7 +1,8 @@
 """x @ W^T for a frozen weight, plain or quantized.
 
 The weight never gets a gradient: the backward pass is one product with the same weight,
-dequantized again, so that nothing but the packed bytes lives between the two passes.
+dequantized again, so that nothing but the packed bytes lives between the two passes. A weight may
+come as a `Layer`, a stack and an index; that is what the dequantization kernel reads.
 
 `fp8` computes both products in e4m3 (4 exponent bits, 3 of mantissa, largest value 448), with one
 scale for each row of the activations and one for the weight. Hopper does these at twice the rate
@@ -12,13 +13,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from qwen_jax.quant import QTensor, dequantize, largest
+from qwen_jax.kernels.dequantize import FP8, dequantize, turn
+from qwen_jax.quant import Layer, QTensor, largest
 
-Weight = jax.Array | QTensor
+Weight = jax.Array | QTensor | Layer
 COMPUTE = ("bf16", "fp8")
-FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
 
 
@@ -47,39 +47,29 @@ def _backward(compute: str, w: Weight, g: jax.Array):  # g [..., *O]
     rows = g.shape[: g.ndim - outs]
     dims = (tuple(range(g.ndim - outs, g.ndim)), tuple(range(1, outs + 1)))
     if compute == "fp8":
-        weight, unit = _fp8_weight(w)
-        return _fp8_product(g, rows, _turned(weight), unit, dims), None
-    if isinstance(w, QTensor):
-        return jax.lax.dot_general(g, _turned(_dense(w, g.dtype)), (dims, ((), ()))), None
-    return jax.lax.dot_general(
-        g, w.astype(g.dtype), ((dims[0], tuple(range(outs))), ((), ()))
-    ), None
+        weight, unit = _fp8_weight(w, turned=True)
+        return _fp8_product(g, rows, weight, unit, dims), None
+    # bf16 gains nothing from a turned weight: the GEMM is a tenth faster alone, but the chip then
+    # lowers its clock.
+    dims = (dims[0], tuple(range(outs)))
+    return jax.lax.dot_general(g, _dense(w, g.dtype), (dims, ((), ()))), None
 
 
 qmatmul.defvjp(_forward, _backward)
 
 
 def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
-    return dequantize(w, dtype) if isinstance(w, QTensor) else w.astype(dtype)
+    return w.astype(dtype) if isinstance(w, jax.Array) else dequantize(w, dtype)
 
 
-def _turned(w: jax.Array) -> jax.Array:
-    """[*O, I] -> [I, *O], in memory too.
-
-    Hopper's fp8 GEMM takes operands that are contiguous along the summed axis only; dequantization
-    can write the weight turned in the same pass. (bf16 gains nothing from it: the GEMM is a tenth
-    faster alone, but the chip then lowers its clock.)
-    """
-    w = jnp.moveaxis(w, -1, 0)
-    if jax.default_backend() != "gpu":
-        return w
-    return with_layout_constraint(w, Layout(tuple(range(w.ndim))))
-
-
-def _fp8_weight(w: Weight) -> tuple[jax.Array, jax.Array]:
-    """The weight in e4m3 and the float32 unit that its values are multiples of."""
-    unit = largest(w) / FP8_MAX if isinstance(w, QTensor) else _absmax(w, None) / FP8_MAX
-    return (_dense(w, jnp.float32) / unit).astype(FP8), unit
+def _fp8_weight(w: Weight, turned: bool = False) -> tuple[jax.Array, jax.Array]:
+    """The weight in e4m3, [*O, I] or [I, *O], and the unit that its values are multiples of."""
+    if isinstance(w, jax.Array):
+        unit = _absmax(w, None) / FP8_MAX
+        weight = (w.astype(jnp.float32) / unit).astype(FP8)
+        return turn(weight) if turned else weight, unit
+    unit = largest(w) / FP8_MAX
+    return dequantize(w, FP8, unit=unit, turned=turned), unit
 
 
 def _absmax(x: jax.Array, axes) -> jax.Array:
