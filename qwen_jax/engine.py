@@ -24,7 +24,7 @@ from qwen_jax import packed
 from qwen_jax.adapters import Lora
 from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.drafts import remember
+from qwen_jax.drafts import Text, remember
 from qwen_jax.errors import InputError
 from qwen_jax.model import Params
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
@@ -121,7 +121,7 @@ class Engine:
         fixed = (self.cfg, self.mesh, self.n_vocab, self.params, self.lora, requests)
         state, block, done = prefill(*fixed, cache, tokens, counts)
         drafts = self.drafts if B == 1 else 0
-        history = _history(tokens, counts, state.token, capacity) if drafts else None
+        text = _text(tokens, counts, state.token, capacity) if drafts else None
         width = BLOCK * (drafts + 1)  # most tokens of a dispatch
         known, ahead = longest, 1  # tokens that the host knows of, and those it has yet to read
         # Without drafts the host can tell which dispatch is the last one.
@@ -132,9 +132,10 @@ class Engine:
                 capacity = round_capacity(max(room, min(2 * capacity, capacity + _CAPACITY_STEP)))
                 state = state.replace(cache=grow(self.cfg, self.mesh, state.cache, capacity))
             if drafts:
-                history = jnp.pad(history, [(0, 0), (0, capacity - history.shape[1])])
-                state, history, next_block, next_done = draft(
-                    *fixed[:3], drafts, *fixed[3:], state, history
+                more = capacity - text.tokens.shape[1]
+                text = text.replace(tokens=jnp.pad(text.tokens, [(0, 0), (0, more)]))
+                state, text, next_block, next_done = draft(
+                    *fixed[:3], drafts, *fixed[3:], state, text
                 )
             else:
                 state, next_block, next_done = decode(*fixed, state)
@@ -197,15 +198,14 @@ def round_capacity(n: int) -> int:
     return math.ceil(n / _CAPACITY_STEP) * _CAPACITY_STEP
 
 
-def _history(
+def _text(
     tokens: np.ndarray,  # int32 [B, T], right-padded
     counts: np.ndarray,  # int32 [B]
     first: jax.Array,  # int32 [B]: the first tokens of the answers
     capacity: int,
-) -> jax.Array:  # int32 [B, capacity]
-    """The text so far, with room for the rest."""
+) -> Text:
+    """The text so far, with room for `capacity` tokens."""
     tokens = tokens[:, :capacity]
-    history = np.pad(tokens, [(0, 0), (0, capacity - tokens.shape[1])])
-    return remember(
-        jnp.asarray(history), jnp.asarray(counts), first[:, None], jnp.ones_like(counts)
-    )
+    room = np.pad(tokens, [(0, 0), (0, capacity - tokens.shape[1])])
+    one = jnp.ones(counts.shape, jnp.int32)
+    return remember(Text.of(jnp.asarray(room)), jnp.asarray(counts), first[:, None], one)

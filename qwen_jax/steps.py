@@ -19,7 +19,7 @@ from qwen_jax import model, packed
 from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.drafts import accept, look_up, remember
+from qwen_jax.drafts import Text, accept, judge, look_up, remember
 from qwen_jax.model import Params, unembed
 from qwen_jax.sampling import (
     RowParams,
@@ -180,7 +180,7 @@ def grow(cfg: ModelConfig, mesh: Mesh | None, cache: KVCache, capacity: int) -> 
     return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda x: x.sharding, abstract))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("state", "history"))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("state", "text"))
 def draft(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -190,9 +190,9 @@ def draft(
     lora: Lora | None,
     requests: Requests,
     state: DecodeState,
-    history: jax.Array,  # int32 [B, S]: tokens of prompt and answer, state.token among them
-) -> tuple[DecodeState, jax.Array, jax.Array, jax.Array]:
-    """`decode` with drafts. Returns state, history, the next tokens int32 [B, BLOCK * (count + 1)]
+    text: Text,  # prompt and answer, state.token among them
+) -> tuple[DecodeState, Text, jax.Array, jax.Array]:
+    """`decode` with drafts. Returns state, text, the next tokens int32 [B, BLOCK * (count + 1)]
     with NOTHING between them, and done, bool [B].
 
     Where no row finds a draft a step is that of `decode`, so that text without repetition pays
@@ -202,27 +202,27 @@ def draft(
     fixed = (cfg, mesh, n_vocab, params, lora, requests)
 
     def step(carry):
-        index, state, history, block = carry
-        drafts, found = look_up(history, state.cache.lengths + 1, count)
+        index, state, text, block = carry
+        drafts, found = look_up(text, state.cache.lengths + 1, count)
         found &= ~state.done
 
         def several():
-            return _advance(*fixed, state, history, drafts, found)
+            return _advance(*fixed, state, text, drafts, found)
 
         def single():
-            state_, history_, out = _advance(*fixed, state, history, drafts[:, :0], found)
-            return state_, history_, jnp.pad(out, [(0, 0), (0, count)], constant_values=NOTHING)
+            new, longer, out = _advance(*fixed, state, text, drafts[:, :0], found)
+            return new, longer, jnp.pad(out, [(0, 0), (0, count)], constant_values=NOTHING)
 
-        state, history, out = jax.lax.cond(jnp.any(found), several, single)
-        return index + 1, state, history, block.at[:, index].set(out)
+        state, text, out = jax.lax.cond(jnp.any(found), several, single)
+        return index + 1, state, text, block.at[:, index].set(out)
 
     def goes_on(carry):
         return (carry[0] < BLOCK) & ~jnp.all(carry[1].done)
 
     block = jnp.full((B, BLOCK, count + 1), NOTHING, jnp.int32)
-    start = (jnp.int32(0), state, history, block)
-    _, state, history, block = jax.lax.while_loop(goes_on, step, start)
-    return state, history, block.reshape(B, -1), state.done
+    start = (jnp.int32(0), state, text, block)
+    _, state, text, block = jax.lax.while_loop(goes_on, step, start)
+    return state, text, block.reshape(B, -1), state.done
 
 
 def _advance(
@@ -233,10 +233,10 @@ def _advance(
     lora: Lora | None,
     requests: Requests,
     state: DecodeState,
-    history: jax.Array,  # int32 [B, S]
+    text: Text,
     drafts: jax.Array,  # int32 [B, K]
     found: jax.Array,  # bool [B]
-) -> tuple[DecodeState, jax.Array, jax.Array]:  # and the tokens to hand out, int32 [B, K + 1]
+) -> tuple[DecodeState, Text, jax.Array]:  # and the tokens to hand out, int32 [B, K + 1]
     """One pass over a row's last token and its draft."""
     B, K = drafts.shape
     index = jnp.arange(K + 1)
@@ -274,4 +274,5 @@ def _advance(
         done=state.done | jnp.any(ends & holds, axis=1),
     )
     out = jnp.where(holds & ~stopped, drawn, NOTHING)
-    return pin(cfg, mesh, new), remember(history, filled + 1, drawn, held), out
+    text = judge(remember(text, filled + 1, drawn, held), found, held)
+    return pin(cfg, mesh, new), text, out

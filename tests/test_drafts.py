@@ -31,7 +31,8 @@ CFG = ModelConfig(
 def test_what_follows_the_last_place_is_the_draft(text, want):
     history = np.zeros((1, 20), np.int32)
     history[0, : len(text)] = text
-    found_drafts, found = drafts.look_up(jnp.asarray(history), jnp.array([len(text)]), 2)
+    known = drafts.Text.of(jnp.asarray(history))
+    found_drafts, found = drafts.look_up(known, jnp.array([len(text)]), 2)
     assert bool(found[0]) == (want is not None)
     if want is not None:
         assert found_drafts[0].tolist() == want
@@ -42,6 +43,18 @@ def test_a_draft_holds_as_far_as_it_agrees():
     guess = jnp.array([[1, 2, 3]] * 4)
     held = drafts.accept(drawn, guess, jnp.array([True, True, True, False]))
     assert held.tolist() == [4, 2, 1, 1]
+
+
+def test_wrong_drafts_are_tried_less_and_less():
+    text = drafts.Text.of(jnp.array([[1, 2, 3, 4, 1, 2, 3]]))
+    tries = 0
+    for _ in range(200):
+        _, found = drafts.look_up(text, jnp.array([7]), 2)
+        tries += int(found[0])
+        text = drafts.judge(text, found, jnp.array([1]))
+    assert tries < 12
+    text = drafts.judge(text, jnp.array([True]), jnp.array([3]))
+    assert int(text.penalty[0]) == 1 and drafts.look_up(text, jnp.array([7]), 2)[0][0, 0] == 4
 
 
 @pytest.fixture(scope="module")
