@@ -30,7 +30,6 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
 from qwen_jax.kernels import append_attention
 from qwen_jax.kernels.packing import PackedWeight
-from qwen_jax.model import unembed
 from qwen_jax.params import init_params, tree_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
@@ -50,6 +49,7 @@ class Args:
     batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
     context: int = 1024  # tokens already in the cache
     greedy: bool = False  # the likeliest token instead of top-p 0.8 and penalty 1.1
+    int8_head: bool = False  # the output head in int8
     dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
@@ -60,7 +60,7 @@ class Args:
     profile: bool = False  # print the longest kernels of a dispatch
 
 
-def random_packed(cfg: ModelConfig) -> dict:
+def random_packed(cfg: ModelConfig, int8_head: bool = False) -> dict:
     """A packed tree with random codes: what quantizing random weights would give, but at once."""
     L, D, F, V = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.vocab_size
     N, H = cfg.num_heads, cfg.head_dim
@@ -74,6 +74,11 @@ def random_packed(cfg: ModelConfig) -> dict:
 
     def table() -> jax.Array:
         return jax.random.normal(key, (V, D), jnp.bfloat16) * 0.02
+
+    def packed_head() -> PackedWeight:
+        codes = jax.random.bits(key, (1, V // 16, D // 32, 32, 4), jnp.uint32)
+        scale = jnp.full((1, V), 0.00027, jnp.float32)
+        return PackedWeight(codes=codes, scale=scale, out_shape=(V,), in_size=D, kind="int8")
 
     ones = jnp.ones((L, D), jnp.bfloat16)
     up_gate = weight(2, F, size=D)
@@ -90,7 +95,7 @@ def random_packed(cfg: ModelConfig) -> dict:
             "mlp": {"up_gate": up_gate, "down": weight(D, size=F)},
         },
         "ln_f": jnp.ones((D,), jnp.bfloat16),
-        "lm_head": table(),
+        "lm_head": packed_head() if int8_head else table(),
     }
 
 
@@ -239,7 +244,7 @@ def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
         abstract = abstract_cache(cfg, 1, tokens, params["wte"].dtype)
         cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
         hidden, cache = packed.forward(cfg, params, ids, cache, fresh=True)
-        return unembed(params, hidden[:, -1]), cache
+        return packed.unembed(params, hidden[:, -1]), cache
 
     ids = jax.random.randint(jax.random.key(3), (1, tokens), 0, cfg.vocab_size)
     jax.block_until_ready(prompt(params, ids))
@@ -261,7 +266,7 @@ def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) ->
         def one(_, carry):
             cache, total = carry
             hidden, new = packed.forward(cfg, params, ids, cache)
-            total = total + unembed(params, hidden).max()
+            total = total + packed.unembed(params, hidden).max()
             return new.replace(lengths=cache.lengths), total
 
         return jax.lax.fori_loop(0, 8, one, (cache, jnp.float32(0)))
@@ -293,7 +298,7 @@ def main(argv=None):
         fmt = QuantFormat.named("int4")
         params = packed.pack_params(init_params(cfg, jax.random.key(0), jnp.float32, fmt))
     else:
-        params = random_packed(cfg)
+        params = random_packed(cfg, args.int8_head)
     jax.block_until_ready(params)
     for name in (*args.batch, *args.batch[: int(args.split)]):
         batch, _, cache_dtype = name.partition(":")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qwen_jax import cache as kv
+from qwen_jax import model
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.append_attention import Stacks, append_attention
@@ -33,12 +34,12 @@ from qwen_jax.model import (
     rms_norm,
     rope,
     rope_angles,
-    unembed,
 )
-from qwen_jax.quant import QTensor
+from qwen_jax.quant import QTensor, QuantFormat, quantize
 
 # Up to this many new tokens a row read the cache with the decode kernel, one query after another.
 _FEW_TOKENS = 16
+_HEAD = QuantFormat.named("int8")
 
 
 def packable(params: Params) -> bool:
@@ -58,11 +59,12 @@ def is_packed(params: Params) -> bool:
     return isinstance(params["layers"]["attn"]["wqkv"], PackedWeight)
 
 
-def pack_params(params: Params, *, consume: bool = False) -> Params:
+def pack_params(params: Params, *, consume: bool = False, int8_head: bool = False) -> Params:
     """Reorders the quantized weights.
 
     With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
-    its largest leaf a second time.
+    its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
+    half of the bytes that it costs a step, for a change of the logits.
     """
     layers, pack_leaf = params["layers"], jax.jit(pack)
 
@@ -75,7 +77,12 @@ def pack_params(params: Params, *, consume: bool = False) -> Params:
         return out
 
     attn, mlp = layers["attn"], layers["mlp"]
+    head = params["lm_head"]
+    if int8_head:
+        one = jax.jit(lambda w: pack(jax.tree.map(lambda x: x[None], quantize(w, _HEAD))))
+        head = one(head)
     return params | {
+        "lm_head": head,
         "layers": {
             "ln_1": layers["ln_1"],
             "ln_2": layers["ln_2"],
@@ -85,8 +92,18 @@ def pack_params(params: Params, *, consume: bool = False) -> Params:
                 "wo": packed(attn["wo"]),
             },
             "mlp": {"up_gate": packed(mlp["up"], mlp["gate"]), "down": packed(mlp["down"])},
-        }
+        },
     }
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """model.unembed, also for a packed head: hidden [..., D] -> logits float32 [..., V]."""
+    head = params["lm_head"]
+    if not isinstance(head, PackedWeight):
+        return model.unembed(params, hidden)
+    with jax.named_scope("unembed"):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return decode_parts(rows, head, jnp.int32(0)).sum(0).reshape(*hidden.shape[:-1], -1)
 
 
 def stacks_of(cache: KVCache) -> Stacks:

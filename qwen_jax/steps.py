@@ -20,7 +20,8 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import Text, accept, judge, look_up, remember
-from qwen_jax.model import Params, unembed
+from qwen_jax.model import Params
+from qwen_jax.packed import unembed
 from qwen_jax.sampling import (
     RowParams,
     mask_padded_vocab,
