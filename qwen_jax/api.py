@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen_jax import chatml, generation_config
+from qwen_jax import chatml, generation_config, packed
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, load_peft
 from qwen_jax.checkpoint import DTYPES, Manifest, load_manifest, load_params
@@ -61,6 +61,8 @@ def load(
             mesh=device_mesh,
         )
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
+    if packed.pays(params, lora, device_mesh):
+        params = packed.pack_params(params, consume=True)
     return Model(path, manifest, params, lora, device_mesh, defaults, warnings)
 
 
@@ -114,13 +116,7 @@ class Model:
                 f"{self.path} has no {RANKS_FILE}: text needs a tokenizer; copy the file that is "
                 "published with the model into the checkpoint, or work with token ids"
             )
-        tokenizer = Tokenizer.from_dir(self.path)
-        if tokenizer.n_vocab > self.config.vocab_size:
-            raise InputError(
-                f"{self.path / RANKS_FILE} has {tokenizer.n_vocab} tokens, the model only "
-                f"{self.config.vocab_size} rows for them; it belongs to another model"
-            )
-        return tokenizer
+        return Tokenizer.from_dir(self.path, self.config.vocab_size)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -143,6 +139,8 @@ class Model:
         B = len(rows)
         rows += [rows[0]] * (padded_rows(B, self.mesh) - B)
         tokens = jnp.asarray(np.stack(rows))
+        if packed.is_packed(self.params):
+            return packed.logits(self.config, self.params, tokens)[:B]
         return decoder.logits(self.config, self.params, self.lora, tokens, mesh=self.mesh)[:B]
 
     def generate(

@@ -32,6 +32,7 @@ def training(home, output, *more):
         (["--model_name_or_path", "{home}/hf"], "not a converted checkpoint"),
         (["--model_name_or_path", "Qwen/Qwen-72B"], "not a converted checkpoint"),
         (["--mesh", "tensor=3"], "tensor=3 must divide the 4 heads and 64 FFN columns"),
+        (["--plan", "--mesh", "tensor=3"], "tensor=3 must divide the 4 heads"),
         (["--mesh", "64"], "needs 64 devices, this machine has 8"),
         (["--dataset", "sms"], "it has: sums; did you mean 'sums'?"),
         (["--dataset", "sums,nix"], "no dataset 'nix'"),
@@ -111,3 +112,10 @@ def test_numbers_that_are_none_are_found_before_they_are_saved(tmp_path, name):
     report.add(2, good | {name: np.float32("inf")}, 5)
     with pytest.raises(InputError, match=r"no longer finite numbers .* up to step 2"):
         report.check()
+
+
+def test_a_damaged_log_does_not_stop_a_resumed_run(tmp_path):
+    log = tmp_path / "trainer_log.jsonl"
+    log.write_bytes(b'{"step": 1}\n\xff\n{"step": "2"}\n[1]\n{"step": 3}\n{"st')
+    Report(tmp_path, start=2, total=9, steps_per_epoch=9, every=9).close()
+    assert log.read_text() == '{"step": 1}\n'

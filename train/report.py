@@ -3,6 +3,7 @@
 It reads metrics that the step returned; it knows nothing of the model or of how they were made.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -87,13 +88,10 @@ class Report:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            if isinstance(row, dict) and row.get("step", 0) <= start:
-                kept.append(line + "\n")
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # the last line of a killed run
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
         self.path.write_text("".join(kept), encoding="utf-8")
 
 
