@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.profile import kernel_table
-from qwen_jax import engine, packed, runtime
+from qwen_jax import packed, runtime, steps
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
@@ -49,7 +49,8 @@ class Args:
     batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
     context: int = 1024  # tokens already in the cache
     greedy: bool = False  # the likeliest token instead of top-p 0.8 and penalty 1.1
-    dispatches: int = 6  # timed dispatches of engine.BLOCK tokens, after two that are not
+    int8_head: bool = False  # the output head in int8
+    dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
     split: bool = False  # the first batch again, with attention and cache as XLA's small kernels
@@ -59,7 +60,7 @@ class Args:
     profile: bool = False  # print the longest kernels of a dispatch
 
 
-def random_packed(cfg: ModelConfig) -> dict:
+def random_packed(cfg: ModelConfig, int8_head: bool = False) -> dict:
     """A packed tree with random codes: what quantizing random weights would give, but at once."""
     L, D, F, V = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.vocab_size
     N, H = cfg.num_heads, cfg.head_dim
@@ -73,6 +74,11 @@ def random_packed(cfg: ModelConfig) -> dict:
 
     def table() -> jax.Array:
         return jax.random.normal(key, (V, D), jnp.bfloat16) * 0.02
+
+    def packed_head() -> PackedWeight:
+        codes = jax.random.bits(key, (1, V // 16, D // 32, 32, 4), jnp.uint32)
+        scale = jnp.full((1, V), 0.00027, jnp.float32)
+        return PackedWeight(codes=codes, scale=scale, out_shape=(V,), in_size=D, kind="int8")
 
     ones = jnp.ones((L, D), jnp.bfloat16)
     up_gate = weight(2, F, size=D)
@@ -89,7 +95,7 @@ def random_packed(cfg: ModelConfig) -> dict:
             "mlp": {"up_gate": up_gate, "down": weight(D, size=F)},
         },
         "ln_f": jnp.ones((D,), jnp.bfloat16),
-        "lm_head": table(),
+        "lm_head": packed_head() if int8_head else table(),
     }
 
 
@@ -126,13 +132,13 @@ def start(cfg: ModelConfig, args: Args, batch: int, capacity: int, dtype):
         greedy=args.greedy, top_p=0.8, repetition_penalty=1.1, max_new_tokens=2**30
     )
     rows = [dataclasses.replace(sampling, seed=seed) for seed in range(batch)]
-    requests = engine.Requests(
+    requests = steps.Requests(
         rows=row_params(rows),
         keys=row_keys(rows),
         limits=jnp.full((batch,), 2**30, jnp.int32),
         stops=jnp.array([cfg.vocab_size - 1], jnp.int32),
     )
-    state = engine.DecodeState(
+    state = steps.DecodeState(
         cache=filled_cache(cfg, batch, capacity, args.context, dtype),
         token=jnp.arange(batch, dtype=jnp.int32),
         seen=jnp.zeros((batch, cfg.vocab_size), bool),
@@ -186,22 +192,22 @@ def check(cfg: ModelConfig) -> None:
 def measure(
     cfg: ModelConfig, args: Args, params: dict, batch: int, cache_dtype: str, rate: float
 ) -> dict:
-    tokens = (args.dispatches + 4) * engine.BLOCK
+    tokens = (args.dispatches + 4) * steps.BLOCK
     capacity = -(-(args.context + tokens) // 64) * 64
     dtype = jnp.dtype(cache_dtype) if cache_dtype else params["wte"].dtype
     requests, state = start(cfg, args, batch, capacity, dtype)
     fixed = (cfg, None, cfg.vocab_size, params, None, requests)
     began = time.perf_counter()
-    state, block, _ = engine.decode(*fixed, state)
+    state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     compile_seconds = time.perf_counter() - began
-    state, block, _ = engine.decode(*fixed, state)
+    state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     began = time.perf_counter()
     for _ in range(args.dispatches):
-        state, block, _ = engine.decode(*fixed, state)
+        state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
-    seconds = (time.perf_counter() - began) / (args.dispatches * engine.BLOCK)
+    seconds = (time.perf_counter() - began) / (args.dispatches * steps.BLOCK)
     filled = args.context + tokens // 2
     weights = tree_bytes(params) - tree_bytes(params["wte"])
     stacks = (state.cache.k, state.cache.v, state.cache.k_scale, state.cache.v_scale)
@@ -211,9 +217,9 @@ def measure(
     if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                state, block, _ = engine.decode(*fixed, state)
+                state, block, _ = steps.decode(*fixed, state)
                 jax.block_until_ready(block)
-            print(kernel_table(pathlib.Path(folder), engine.BLOCK, top=24), flush=True)
+            print(kernel_table(pathlib.Path(folder), steps.BLOCK, top=24), flush=True)
     return {
         "batch": batch,
         "cache": str(dtype),
@@ -238,7 +244,7 @@ def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
         abstract = abstract_cache(cfg, 1, tokens, params["wte"].dtype)
         cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
         hidden, cache = packed.forward(cfg, params, ids, cache, fresh=True)
-        return engine.unembed(params, hidden[:, -1]), cache
+        return packed.unembed(params, hidden[:, -1]), cache
 
     ids = jax.random.randint(jax.random.key(3), (1, tokens), 0, cfg.vocab_size)
     jax.block_until_ready(prompt(params, ids))
@@ -260,7 +266,7 @@ def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) ->
         def one(_, carry):
             cache, total = carry
             hidden, new = packed.forward(cfg, params, ids, cache)
-            total = total + engine.unembed(params, hidden).max()
+            total = total + packed.unembed(params, hidden).max()
             return new.replace(lengths=cache.lengths), total
 
         return jax.lax.fori_loop(0, 8, one, (cache, jnp.float32(0)))
@@ -292,7 +298,7 @@ def main(argv=None):
         fmt = QuantFormat.named("int4")
         params = packed.pack_params(init_params(cfg, jax.random.key(0), jnp.float32, fmt))
     else:
-        params = random_packed(cfg)
+        params = random_packed(cfg, args.int8_head)
     jax.block_until_ready(params)
     for name in (*args.batch, *args.batch[: int(args.split)]):
         batch, _, cache_dtype = name.partition(":")

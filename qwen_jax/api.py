@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen_jax import chatml, generation_config
+from qwen_jax import chatml, generation_config, packed
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, load_peft
 from qwen_jax.checkpoint import DTYPES, Manifest, load_manifest, load_params
@@ -61,6 +61,8 @@ def load(
             mesh=device_mesh,
         )
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
+    if packed.pays(params, lora, device_mesh):
+        params = packed.pack_params(params, consume=True)
     return Model(path, manifest, params, lora, device_mesh, defaults, warnings)
 
 
@@ -137,6 +139,8 @@ class Model:
         B = len(rows)
         rows += [rows[0]] * (padded_rows(B, self.mesh) - B)
         tokens = jnp.asarray(np.stack(rows))
+        if packed.is_packed(self.params):
+            return packed.logits(self.config, self.params, tokens)[:B]
         return decoder.logits(self.config, self.params, self.lora, tokens, mesh=self.mesh)[:B]
 
     def generate(

@@ -11,7 +11,6 @@ the cache is donated from dispatch to dispatch and grows when it is full, so tha
 max_new_tokens costs memory only as it is used. It knows no tokenizer, no text and no file.
 """
 
-import functools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -19,58 +18,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from qwen_jax import model, packed
+from qwen_jax import packed
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, abstract_cache, init_cache
+from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
+from qwen_jax.drafts import Text, remember
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params, unembed
-from qwen_jax.sampling import (
-    RowParams,
-    SamplingParams,
-    mask_padded_vocab,
-    row_keys,
-    row_params,
-    sample,
-    seen_in_prompt,
-    step_keys,
-    update_seen,
-)
-from qwen_jax.sharding import constrain
+from qwen_jax.model import Params
+from qwen_jax.sampling import SamplingParams, row_keys, row_params
+from qwen_jax.steps import BLOCK, NOTHING, Requests, decode, draft, grow, prefill
 
-# Tokens a row that one dispatch decodes: enough to hide the host, few enough to stream smoothly.
-BLOCK = 8
 _SMALLEST_BUCKET = 64
 # Doubling wastes memory in a long cache; from here on capacity grows in steps of this.
 _CAPACITY_STEP = 1024
 # New tokens for which the first cache has room.
 FIRST_ROOM = 512
-# Stands in a block where a row has no more tokens.
-NOTHING = -1
-
-
-@struct.dataclass
-class DecodeState:
-    """What goes from one dispatch to the next."""
-
-    cache: KVCache
-    token: jax.Array  # int32 [B]: chosen, not yet in the cache
-    seen: jax.Array  # bool [B, V]: tokens of prompt and answer
-    steps: jax.Array  # int32 [B]: tokens chosen so far
-    done: jax.Array  # bool [B]
-
-
-@struct.dataclass
-class Requests:
-    """What stays the same for all tokens of a batch."""
-
-    rows: RowParams
-    keys: jax.Array  # [B] typed keys
-    limits: jax.Array  # int32 [B]: tokens wanted; 0 for a row that only fills the batch
-    stops: jax.Array  # int32 [number of stop ids]
 
 
 class Engine:
@@ -79,6 +43,8 @@ class Engine:
     n_vocab   ids from here on stand for no token and are never drawn; default cfg.vocab_size
     stop_ids  ids that end an answer; they are not part of it
     cache_dtype  of keys and values: int8 halves their memory; default that of the embedding
+    drafts    tokens guessed ahead from the text so far where one prompt is alone (drafts.py); the
+              answer is the same, sooner where the text repeats itself
     """
 
     def __init__(
@@ -90,11 +56,13 @@ class Engine:
         n_vocab: int | None = None,
         stop_ids: Collection[int] = frozenset(),
         cache_dtype: Any = None,
+        drafts: int = 0,
     ):
         self.cfg, self.params, self.lora, self.mesh = cfg, params, lora, mesh
         self.cache_dtype = params["wte"].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
         if packed.is_packed(params) and (lora is not None or (mesh is not None and mesh.size > 1)):
             raise InputError("packed weights run without an adapter and on one device")
+        self.drafts = drafts
         self.n_vocab = cfg.vocab_size if n_vocab is None else n_vocab
         self.stop_ids = frozenset(stop_ids)
         if not 0 < self.n_vocab <= cfg.vocab_size:
@@ -152,20 +120,31 @@ class Engine:
         cache = init_cache(self.cfg, B, capacity, self.cache_dtype, self.mesh)
         fixed = (self.cfg, self.mesh, self.n_vocab, self.params, self.lora, requests)
         state, block, done = prefill(*fixed, cache, tokens, counts)
-        filled = longest
-        while filled + 1 < longest + most:
+        drafts = self.drafts if B == 1 else 0
+        text = _text(tokens, counts, state.token, capacity) if drafts else None
+        width = BLOCK * (drafts + 1)  # most tokens of a dispatch
+        known, ahead = longest, 1  # tokens that the host knows of, and those it has yet to read
+        # Without drafts the host can tell which dispatch is the last one.
+        while drafts or known + ahead < longest + most:
             # The last room need not hold a whole block: rows that reach their limit stop writing.
-            if min(filled + BLOCK, longest + most) > state.cache.capacity:
-                capacity = round_capacity(
-                    min(2 * state.cache.capacity, state.cache.capacity + _CAPACITY_STEP)
-                )
+            room = min(known + ahead + width, longest + most) + drafts
+            if room > state.cache.capacity:
+                capacity = round_capacity(max(room, min(2 * capacity, capacity + _CAPACITY_STEP)))
                 state = state.replace(cache=grow(self.cfg, self.mesh, state.cache, capacity))
-            state, next_block, next_done = decode(*fixed, state)
-            filled += BLOCK
-            yield np.asarray(block)
+            if drafts:
+                more = capacity - text.tokens.shape[1]
+                text = text.replace(tokens=jnp.pad(text.tokens, [(0, 0), (0, more)]))
+                state, text, next_block, next_done = draft(
+                    *fixed[:3], drafts, *fixed[3:], state, text
+                )
+            else:
+                state, next_block, next_done = decode(*fixed, state)
+            ids = np.asarray(block)
+            yield ids
             if np.asarray(done).all():
                 return
-            block, done = next_block, next_done
+            known += int((ids != NOTHING).sum(axis=1).max()) if drafts else ahead
+            block, done, ahead = next_block, next_done, width
         yield np.asarray(block)
 
     def pad(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -219,123 +198,14 @@ def round_capacity(n: int) -> int:
     return math.ceil(n / _CAPACITY_STEP) * _CAPACITY_STEP
 
 
-def pin(cfg: ModelConfig, mesh: Mesh | None, state: DecodeState) -> DecodeState:
-    """Fixes the layouts between dispatches: a layout that changed would compile a second time."""
-    if mesh is None or mesh.size == 1:
-        return state
-    _, B, S, _, _ = state.cache.k.shape
-    abstract = abstract_cache(cfg, B, S, state.cache.k.dtype, mesh)
-    layouts = jax.tree.map(lambda x: x.sharding, abstract)
-    cache = jax.lax.with_sharding_constraint(state.cache, layouts)
-    rest = jax.tree.map(
-        lambda x: constrain(x, mesh, PartitionSpec()),
-        (state.token, state.seen, state.steps, state.done),
-    )
-    return DecodeState(cache, *rest)
-
-
-def _choose(
-    params: Params,
-    mesh: Mesh | None,
-    n_vocab: int,
-    requests: Requests,
-    hidden: jax.Array,  # [B, D]
-    cache: KVCache,
-    seen: jax.Array,  # bool [B, V]
-    steps: jax.Array,  # int32 [B]
-    done: jax.Array,  # bool [B]
-) -> tuple[DecodeState, jax.Array]:
-    """Draws the next token of each row; second: the tokens to hand out, int32 [B]."""
-    # Joined before sampling: sorts and random bits of a split vocabulary cost more than 0.6 MB a
-    # row, and every device must draw the same token.
-    logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
-    logits = mask_padded_vocab(logits, n_vocab)
-    token = sample(logits, seen, requests.rows, step_keys(requests.keys, steps))
-    stopped = jnp.any(token[:, None] == requests.stops, axis=1)
-    out = jnp.where(done | stopped, NOTHING, token)
-    steps = steps + 1
-    state = DecodeState(
-        cache=cache,
-        token=token,
-        seen=update_seen(seen, token),
-        steps=steps,
-        done=done | stopped | (steps >= requests.limits),
-    )
-    return state, out
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="cache")
-def prefill(
-    cfg: ModelConfig,
-    mesh: Mesh | None,
-    n_vocab: int,
-    params: Params,
-    lora: Lora | None,
-    requests: Requests,
-    cache: KVCache,
-    tokens: jax.Array,  # int32 [B, T], right-padded
-    counts: jax.Array,  # int32 [B]
-) -> tuple[DecodeState, jax.Array, jax.Array]:  # the first tokens, int32 [B, 1]; done, bool [B]
-    B, T = tokens.shape
-    hidden, cache = _forward(cfg, mesh, params, lora, tokens, cache, counts, fresh=True)
-    last = hidden[jnp.arange(B), counts - 1]  # only these rows meet the V x D head
-    seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
-    steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
-    state, out = _choose(params, mesh, n_vocab, requests, last, cache, seen, steps, done)
-    return pin(cfg, mesh, state), out[:, None], state.done
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def decode(
-    cfg: ModelConfig,
-    mesh: Mesh | None,
-    n_vocab: int,
-    params: Params,
-    lora: Lora | None,
-    requests: Requests,
-    state: DecodeState,
-) -> tuple[DecodeState, jax.Array, jax.Array]:  # the next tokens, int32 [B, BLOCK]; done, bool [B]
-    def step(carry):
-        index, state, block = carry
-        # A row that is done stays where it is: its one slot is overwritten, its cache never fills.
-        counts = 1 - state.done.astype(jnp.int32)
-        hidden, cache = _forward(
-            cfg, mesh, params, lora, state.token[:, None], state.cache, counts, fresh=False
-        )
-        state, out = _choose(
-            params, mesh, n_vocab, requests,
-            hidden[:, 0], cache, state.seen, state.steps, state.done,
-        )  # fmt: skip
-        return index + 1, pin(cfg, mesh, state), block.at[:, index].set(out)
-
-    def goes_on(carry):
-        index, state, _ = carry
-        return (index < BLOCK) & ~jnp.all(state.done)
-
-    block = jnp.full((state.done.shape[0], BLOCK), NOTHING, jnp.int32)
-    _, state, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, block))
-    return state, block, state.done
-
-
-def _forward(cfg, mesh, params, lora, tokens, cache, counts, *, fresh: bool):
-    """The decoder for these weights: packed ones have their own."""
-    if packed.is_packed(params):
-        return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh)
-    return model.forward(cfg, params, lora, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def grow(cfg: ModelConfig, mesh: Mesh | None, cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with room for `capacity` tokens."""
-    more = capacity - cache.capacity
-
-    def grow(stack: jax.Array) -> jax.Array:
-        return jnp.pad(stack, [(0, more if axis == 2 else 0) for axis in range(stack.ndim)])
-
-    scales = (cache.k_scale, cache.v_scale)
-    k_scale, v_scale = (None if scale is None else grow(scale) for scale in scales)
-    cache = cache.replace(k=grow(cache.k), v=grow(cache.v), k_scale=k_scale, v_scale=v_scale)
-    if mesh is None or mesh.size == 1:
-        return cache
-    abstract = abstract_cache(cfg, cache.k.shape[1], capacity, cache.k.dtype, mesh)
-    return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda x: x.sharding, abstract))
+def _text(
+    tokens: np.ndarray,  # int32 [B, T], right-padded
+    counts: np.ndarray,  # int32 [B]
+    first: jax.Array,  # int32 [B]: the first tokens of the answers
+    capacity: int,
+) -> Text:
+    """The text so far, with room for `capacity` tokens."""
+    tokens = tokens[:, :capacity]
+    room = np.pad(tokens, [(0, 0), (0, capacity - tokens.shape[1])])
+    one = jnp.ones(counts.shape, jnp.int32)
+    return remember(Text.of(jnp.asarray(room)), jnp.asarray(counts), first[:, None], one)

@@ -14,21 +14,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qwen_jax import cache as kv
+from qwen_jax import model
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.append_attention import Stacks, append_attention
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention
-from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts
+from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts, on_hopper
 from qwen_jax.kernels.packing import PackedWeight, can_pack, pack
 from qwen_jax.kernels.residual_norm import residual_norm
-from qwen_jax.model import Params, embed, logn_scale, ntk_row, rms_norm, rope, rope_angles
-from qwen_jax.quant import QTensor
+from qwen_jax.model import (
+    Params,
+    embed,
+    logn_scale,
+    ntk_row,
+    rms_norm,
+    rope,
+    rope_angles,
+)
+from qwen_jax.quant import QTensor, QuantFormat, quantize
 
 # Up to this many new tokens a row read the cache with the decode kernel, one query after another.
 _FEW_TOKENS = 16
+_HEAD = QuantFormat.named("int8")
 
 
 def packable(params: Params) -> bool:
@@ -38,15 +49,22 @@ def packable(params: Params) -> bool:
     return len(weights) == 5 and all(can_pack(w) for w in weights)
 
 
+def pays(params: Params, lora: Any, mesh: Mesh | None) -> bool:
+    """Whether packing makes generation faster here: on one Hopper card, without an adapter."""
+    alone = mesh is None or mesh.size == 1
+    return lora is None and alone and on_hopper(params["wte"].dtype) and packable(params)
+
+
 def is_packed(params: Params) -> bool:
     return isinstance(params["layers"]["attn"]["wqkv"], PackedWeight)
 
 
-def pack_params(params: Params, *, consume: bool = False) -> Params:
+def pack_params(params: Params, *, consume: bool = False, int8_head: bool = False) -> Params:
     """Reorders the quantized weights.
 
     With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
-    its largest leaf a second time.
+    its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
+    half of the bytes that it costs a step, for a change of the logits.
     """
     layers, pack_leaf = params["layers"], jax.jit(pack)
 
@@ -59,7 +77,12 @@ def pack_params(params: Params, *, consume: bool = False) -> Params:
         return out
 
     attn, mlp = layers["attn"], layers["mlp"]
+    head = params["lm_head"]
+    if int8_head:
+        one = jax.jit(lambda w: pack(jax.tree.map(lambda x: x[None], quantize(w, _HEAD))))
+        head = one(head)
     return params | {
+        "lm_head": head,
         "layers": {
             "ln_1": layers["ln_1"],
             "ln_2": layers["ln_2"],
@@ -69,8 +92,18 @@ def pack_params(params: Params, *, consume: bool = False) -> Params:
                 "wo": packed(attn["wo"]),
             },
             "mlp": {"up_gate": packed(mlp["up"], mlp["gate"]), "down": packed(mlp["down"])},
-        }
+        },
     }
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """model.unembed, also for a packed head: hidden [..., D] -> logits float32 [..., V]."""
+    head = params["lm_head"]
+    if not isinstance(head, PackedWeight):
+        return model.unembed(params, hidden)
+    with jax.named_scope("unembed"):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return decode_parts(rows, head, jnp.int32(0)).sum(0).reshape(*hidden.shape[:-1], -1)
 
 
 def stacks_of(cache: KVCache) -> Stacks:
@@ -81,39 +114,43 @@ def forward(
     cfg: ModelConfig,
     params: Params,
     tokens: jax.Array,  # int32 [B, T], right-padded
-    cache: KVCache,
+    cache: KVCache | None,  # None: nothing is kept; the tokens are whole sequences
     *,
     counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
     prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts
     fresh: bool = False,  # promises an empty cache
     implementation: str | None = None,  # of all kernels: "mosaic" or "xla"; None chooses
-) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D] after the final norm, cache with the T tokens
+) -> tuple[jax.Array, KVCache | None]:  # hidden [B, T, D] after the final norm, longer cache
     """model.forward for packed weights on one device."""
     B, T = tokens.shape
+    fresh |= cache is None
+    filled = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
     counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
     prompt_lengths = counts if prompt_lengths is None else prompt_lengths
-    ntk = jnp.where(cache.lengths == 0, ntk_row(cfg, prompt_lengths), cache.ntk)
-    positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
+    ntk = ntk_row(cfg, prompt_lengths)
+    if cache is not None:
+        ntk = jnp.where(filled == 0, ntk, cache.ntk)
+    positions = filled[:, None] + jnp.arange(T, dtype=jnp.int32)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn else jnp.ones((B, T, 1, 1))
-    # A full row (done, its one token dropped) still sees no more than its slots.
-    visible = jnp.minimum(positions + 1, cache.capacity).reshape(B * T)
     layers = params["layers"]
 
     def attend(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
-        if T == 1:
+        if T == 1 and cache is not None:
             return attend_one(parts, bias, cache, index)
         bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
         qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias
         q, k, v = rope(qkv[:, :, 0], *angles), rope(qkv[:, :, 1], *angles), qkv[:, :, 2]
         q = q * logn.astype(q.dtype)
-        cache = kv.write(cache, index, k, v)
+        cache = None if cache is None else kv.write(cache, index, k, v)
         if fresh:
             y = attention(q, k, v, q_index=positions, causal_square=True)
         elif T > _FEW_TOKENS:
             y = attention(q, *kv.read(cache, index, q.dtype), q_index=positions)
         else:
             rows = q.reshape(B * T, *q.shape[2:])
+            # A full row (done, its one token dropped) still sees no more than its slots.
+            visible = jnp.minimum(positions + 1, cache.capacity).reshape(B * T)
             y = decode_attention(
                 rows, *stacks_of(cache), index, visible, implementation=implementation
             )
@@ -153,5 +190,13 @@ def forward(
     parts = jnp.zeros(parts.shape, parts.dtype)
     (x, parts, cache), _ = jax.lax.scan(layer, (x, parts, cache), jnp.arange(cfg.num_layers))
     x = (x + parts.sum(0).astype(x.dtype)).reshape(B, T, -1)
-    cache = cache.replace(lengths=cache.lengths + counts, ntk=ntk)
+    if cache is not None:
+        cache = cache.replace(lengths=filled + counts, ntk=ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def logits(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """model.logits for packed weights: tokens int32 [B, T] -> float32 [B, T, V]."""
+    hidden, _ = forward(cfg, params, tokens, None)
+    return unembed(params, hidden)

@@ -22,21 +22,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import (
-    BLOCK,
-    FIRST_ROOM,
-    NOTHING,
-    DecodeState,
-    Engine,
-    Requests,
-    decode,
-    padded_rows,
-    pin,
-    prefill,
-    round_capacity,
-)
+from qwen_jax.engine import FIRST_ROOM, Engine, padded_rows, round_capacity
 from qwen_jax.sampling import SamplingParams
 from qwen_jax.sharding import constrain
+from qwen_jax.steps import BLOCK, NOTHING, DecodeState, Requests, decode, pin, prefill
 
 
 class Piece(NamedTuple):

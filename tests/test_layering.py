@@ -31,6 +31,8 @@ ORDER = [
     "chatml",
     "sampling",
     "generation_config",
+    "drafts",
+    "steps",
     "engine",
     "slots",
     "api",

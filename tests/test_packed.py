@@ -124,3 +124,20 @@ def test_packed_decoder_gives_what_the_ordinary_one_gives(cache_dtype):
         got, caches[1] = packed.forward(CFG, small, step, caches[1])
         np.testing.assert_allclose(got, want, rtol=loose, atol=loose)
         np.testing.assert_array_equal(caches[0].lengths, caches[1].lengths)
+
+
+def test_logits_of_whole_sequences():
+    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)
+    want = model.logits(CFG, params, None, tokens)
+    got = packed.logits(CFG, packed.pack_params(params, consume=True), tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_int8_head_agrees_on_nearly_every_likeliest_token():
+    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, CFG.vocab_size)
+    want = model.logits(CFG, params, None, tokens)
+    got = packed.logits(CFG, packed.pack_params(params, int8_head=True), tokens)
+    assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
+    assert (got.argmax(-1) == want.argmax(-1)).mean() > 0.95
