@@ -18,6 +18,9 @@ PROGRAMS = {
     "train.lora": ("--model_name_or_path", "--dataset", "--output_dir"),
     "sample.chat": ("--checkpoint",),
     "sample.generate": ("--checkpoint",),
+    "convert.download": ("--repo_id", "--output"),
+    "convert.verify": ("--checkpoint",),
+    "sample.serve": ("--checkpoint",),
 }
 
 

@@ -28,6 +28,7 @@ from qwen_jax.adapters import abstract_lora, describe_trainable, init_lora, save
 from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.manifest import planned_manifest
 from qwen_jax.memory import device_limit
 from qwen_jax.params import tree_bytes
@@ -40,7 +41,7 @@ from train.data import load_dataset
 from train.memory import REMEDY, decide
 from train.plan import ModelPlan, Plan
 from train.report import Report
-from train.state import find_start, load_state, prepare_output, save_checkpoint
+from train.state import check_free, find_start, load_state, prepare_output, save_checkpoint
 from train.step import (
     Compute,
     TrainState,
@@ -128,6 +129,7 @@ def train(
     settings = plan.settings(args) | {"data": fingerprint(examples)}
     state = start_state(plan, settings, optimizer, mesh, resume_from)
     folder = prepare_output(args, resume_from)
+    check_free(folder, state)
     params = load_base(args.model_name_or_path, model.dtype, model.quantize_to, mesh)
     table = np.asarray(params.pop("wte")) if args.offload_embedding else None
     print(f"base {tree_bytes(params) / 1e9:.2f} GB over {mesh.size} devices", flush=True)
@@ -157,7 +159,8 @@ def train(
             report.add(done, metrics, int(batch["lengths"].sum()))
             if interrupted or save_due(args, plan, done):
                 report.check()
-                save_checkpoint(folder, state, settings, save_adapter)
+                with going_on(report, unless=bool(interrupted)):
+                    save_checkpoint(folder, state, settings, save_adapter)
             if interrupted and done < plan.total:
                 print(f"stopped after step {done}; to go on from {folder}/checkpoint-{done}, run "
                       "the same command without --overwrite_output_dir")  # fmt: skip
@@ -207,6 +210,17 @@ def save_due(args: Args, plan: Plan, done: int) -> bool:
     if args.save_strategy == "epoch":
         return done % plan.batches.steps_per_epoch == 0 or done == plan.total
     return args.save_strategy == "steps" and done % args.save_steps == 0
+
+
+@contextlib.contextmanager
+def going_on(report: Report, unless: bool) -> Iterator[None]:
+    """A checkpoint that cannot be written, say on a full disk, is no reason to lose the run."""
+    try:
+        yield
+    except InputError as error:
+        if unless:
+            raise
+        report.say(f"warning: not saved, training goes on: {error}")
 
 
 @contextlib.contextmanager

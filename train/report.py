@@ -43,6 +43,10 @@ class Report:
         if step % self.every == 0 or step == self.total:
             self._write(step)
 
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(line)
+
     def close(self) -> None:
         self.bar.close()
 
@@ -80,7 +84,7 @@ class Report:
             f"lr {row['lr']:.3e}  grad_norm {row['grad_norm']:.3f}  "
             f"{row['tokens_per_second']:.0f} tok/s"
         )
-        tqdm.write(line + (f"  peak {peak / 1e9:.1f} GB" if peak else ""))
+        self.say(line + (f"  peak {peak / 1e9:.1f} GB" if peak else ""))
         self.metrics, self.tokens, self.began = [], 0, time.perf_counter()
 
     def _drop_lines_after(self, start: int) -> None:

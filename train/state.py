@@ -82,13 +82,27 @@ def prepare_output(args: Args, start: pathlib.Path | None) -> pathlib.Path:
     return folder
 
 
+def check_free(folder: pathlib.Path, state: TrainState) -> None:
+    """InputError if the disk has no room for one more checkpoint (state and adapter)."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, state.lora))) + 10**6
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise InputError(
+            f"{folder} has {free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB; "
+            "free some space"
+        )
+
+
 def save_checkpoint(
     folder: pathlib.Path,
     state: TrainState,
     settings: dict[str, Any],
     save_adapter: Callable[..., None],  # (folder, lora=...)
 ) -> None:
-    """Writes folder/checkpoint-N whole or not at all: staged under a hidden name, then renamed."""
+    """Writes folder/checkpoint-N whole or not at all: staged under a hidden name, then renamed.
+
+    InputError if it cannot be written, say because the disk is full.
+    """
+    check_free(folder, state)
     target = folder / f"checkpoint-{int(state.step)}"
     staging = folder / f".{target.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -99,6 +113,10 @@ def save_checkpoint(
         write_json(staging / "run.json", settings | {_CHECKSUMS: _checksums(staging / "state")})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)
+    except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+        raise InputError(
+            f"{target} cannot be written: {' '.join(str(error).split())[:300]}"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync_folder(folder)
