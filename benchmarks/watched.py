@@ -12,7 +12,7 @@ import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,20 +23,17 @@ class Cost:
     output: str
 
 
-def watched(command: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> Cost:
-    """Runs `command`, calling `meanwhile` about once a second; RuntimeError if it fails."""
+def watched(command: Sequence[str]) -> Cost:
+    """Runs `command`; RuntimeError with the end of its output if it fails."""
     # Not a pipe: that holds 64 kB, and a progress bar of minutes writes more.
     with tempfile.TemporaryFile("w+") as log:
         begin = time.perf_counter()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        peak, last = 0, begin
+        peak = 0
         status: tuple[int, int] | None = None
         while status is None or status[0] == 0:
             peak = max(peak, _anonymous(process.pid))
             time.sleep(0.02)
-            if time.perf_counter() - last > 1:
-                meanwhile()
-                last = time.perf_counter()
             *status, usage = os.wait4(process.pid, os.WNOHANG)
         wall = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(status[1])
