@@ -6,14 +6,13 @@
 The honest speed is that of random weights, read from a cold page cache; `cp` and the conversion
 both count until the disk has everything. 72B is made of sparse files: all its names and shapes, no
 disk, zeros when read. That gives the memory and the time at scale. What its conversion writes is
-made sparse file by file as it comes (`fallocate --dig-holes`), else none and int8 would need 145
-and 74 GB of disk; its check of free space is switched off for the same reason.
+made sparse file by file as it comes (`fallocate --dig-holes`, in the time measured), else none and
+int8 would need 145 and 74 GB of disk; its check of free space is switched off for the same reason.
 
 Needs about three times the largest random model of disk, 42 GB for the packed formats of 72B, and
 Linux. Everything it makes is removed again.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from unittest import mock
 
 import jax
@@ -34,6 +33,7 @@ from benchmarks.watched import Cost, watched
 from convert import hf_to_flax
 from convert.hf_files import INDEX_NAME
 from convert.hf_writer import StreamedTensor, plan_shards, shard_header
+from qwen_jax import checkpoint_writer
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig, load_hf_config
 from qwen_jax.params import abstract_params, param_table, tree_bytes
@@ -174,35 +174,22 @@ def convert(source: pathlib.Path, output: pathlib.Path, kind: str, zeros: bool) 
     if not zeros:
         forget_pages(source)
         return watched([sys.executable, "-m", "convert.hf_to_flax", *flags])
-    code = "import sys, benchmarks.convert as b; b.convert_unchecked(sys.argv[1:])"
-    return watched([sys.executable, "-c", code, *flags], hole_digger(output))
+    code = "import sys, benchmarks.convert as b; b.convert_sparsely(sys.argv[1:])"
+    return watched([sys.executable, "-c", code, *flags])
 
 
-def convert_unchecked(argv: Sequence[str]) -> None:
-    """The converter, on a disk that is too small for what is only made sparse afterwards."""
-    with mock.patch.object(StagedFolder, "check_free"):
+def convert_sparsely(argv: Sequence[str]) -> None:
+    """The converter, on a disk too small for its output: each finished file is made sparse."""
+    with (
+        mock.patch.object(StagedFolder, "check_free"),
+        mock.patch.object(checkpoint_writer, "_start_writeback", _dig_holes),
+    ):
         hf_to_flax.main(argv)
 
 
-def hole_digger(output: pathlib.Path) -> Callable[[], None]:
-    """Makes files of zeros sparse, each once, when it has its name; the content stays the same."""
-    done: set[pathlib.Path] = set()
-
-    def files() -> Iterator[pathlib.Path]:
-        params = output.with_name(f".{output.name}.partial") / output.name / "params"
-        for folder in params.glob("*/c"):
-            yield from (path for path in folder.rglob("*") if path.is_file())
-
-    def dig() -> None:
-        with contextlib.suppress(OSError):  # folders come and go
-            for path in set(files()) - done:
-                if path.name.endswith("__lock"):
-                    continue
-                dug = subprocess.run(["fallocate", "-d", str(path)], stderr=subprocess.DEVNULL)
-                if dug.returncode == 0:  # else it was moved in the meantime
-                    done.add(path)
-
-    return dig
+def _dig_holes(path: pathlib.Path) -> None:
+    """Gives the blocks of zeros back; what is read from the file stays the same."""
+    subprocess.run(["fallocate", "--dig-holes", str(path)], check=True)
 
 
 if __name__ == "__main__":

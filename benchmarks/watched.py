@@ -10,8 +10,9 @@ import dataclasses
 import os
 import pathlib
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,25 +23,22 @@ class Cost:
     output: str
 
 
-def watched(command: Sequence[str], meanwhile: Callable[[], None] = lambda: None) -> Cost:
-    """Runs `command`, calling `meanwhile` about once a second; RuntimeError if it fails."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=-1
-    )
-    peak, last = 0, begin
-    status: tuple[int, int] | None = None
-    while status is None or status[0] == 0:
-        peak = max(peak, _anonymous(process.pid))
-        time.sleep(0.02)
-        if time.perf_counter() - last > 1:
-            meanwhile()
-            last = time.perf_counter()
-        *status, usage = os.wait4(process.pid, os.WNOHANG)
-    wall = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status[1])
-    output = process.stdout.read()
-    process.stdout.close()
+def watched(command: Sequence[str]) -> Cost:
+    """Runs `command`; RuntimeError with the end of its output if it fails."""
+    # Not a pipe: that holds 64 kB, and a progress bar of minutes writes more.
+    with tempfile.TemporaryFile("w+") as log:
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        peak = 0
+        status: tuple[int, int] | None = None
+        while status is None or status[0] == 0:
+            peak = max(peak, _anonymous(process.pid))
+            time.sleep(0.02)
+            *status, usage = os.wait4(process.pid, os.WNOHANG)
+        wall = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status[1])
+        log.seek(0)
+        output = log.read()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {output[-2000:]}")
     return Cost(wall=wall, cpu=usage.ru_utime + usage.ru_stime, anonymous=peak, output=output)

@@ -92,6 +92,7 @@ def export(
     ):
         tensors = list(export_tensors(stored.manifest.config, source, lora, bar.update))
         total = bar.total = sum(tensor.num_bytes for tensor in tensors)
+        staging.clear()
         files = write_sharded(staging.folder, tensors, max_shard_bytes)
         copy_sidecars(base or checkpoint, staging.folder)
         _state_dtype(staging.folder, {np.dtype(tensor.dtype).name for tensor in tensors})

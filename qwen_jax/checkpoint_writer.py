@@ -83,16 +83,15 @@ class CheckpointWriter:
 
         Then this cleans up, and there is nothing to write.
         """
-        if not self._staging.only_cleaning_is_left():
+        published = (self.path / MANIFEST_NAME).is_file()
+        if not published or not self._staging.only_cleaning_is_left():
             return None
-        with self._staging:
-            pass
         found = load_manifest(self.path)
         if found == dataclasses.replace(
             self._manifest, fingerprint=fingerprint, checksums=found.checksums
         ):
+            self._staging.clean_up()
             return found
-        self._staging = StagedFolder(self.path, MANIFEST_NAME, overwrite=self._overwrite)
         return None
 
     def __enter__(self) -> "CheckpointWriter":

@@ -31,19 +31,22 @@ class StagedFolder:
         self.work = self.path.with_name(f".{self.path.name}.partial")
         self.folder = self.work / self.path.name
         self.keep = False
+        self._mark, self._overwrite = mark, overwrite
         self._lock: int | None = None
-        if os.path.lexists(self.path) and not self.only_cleaning_is_left():
-            if not overwrite:
-                raise InputError(f"{path} already exists; give another path or --overwrite")
-            if not self.path.is_dir() or (any(self.path.iterdir()) and not _has(self.path, mark)):
-                raise InputError(f"{path} is no folder with a {mark}; it is not overwritten")
 
     def only_cleaning_is_left(self) -> bool:
         """Whether a run was killed after the rename of its `commit`."""
         return self.path.is_dir() and self.work.is_dir() and not self.folder.is_dir()
 
     def __enter__(self) -> "StagedFolder":
-        """Takes the lock; what a killed run left in `work` is still there."""
+        """Takes the lock; what a killed run left in `work` is there until `clear`."""
+        if os.path.lexists(self.path):
+            if not self._overwrite:
+                raise InputError(f"{self.path} already exists; give another path or --overwrite")
+            if not self.path.is_dir() or (any(self.path.iterdir()) and not self._has_mark()):
+                raise InputError(
+                    f"{self.path} is no folder with a {self._mark}; it is not overwritten"
+                )
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(self.work)
@@ -55,6 +58,12 @@ class StagedFolder:
         if not self.keep:
             shutil.rmtree(self.work, ignore_errors=True)
         os.close(self._lock)
+
+    def clean_up(self) -> None:
+        """Removes `work`, unless another process works there: InputError."""
+        lock = _lock_folder(self.work)
+        shutil.rmtree(self.work, ignore_errors=True)
+        os.close(lock)
 
     def clear(self) -> None:
         """Removes what a killed run left and makes `folder`, empty."""
@@ -70,6 +79,9 @@ class StagedFolder:
             raise InputError(
                 f"{self.path.parent} has {free} bytes free, {num_bytes} are needed; free some space"
             )
+
+    def _has_mark(self) -> bool:
+        return (self.path / self._mark).is_file()
 
     def commit(self) -> None:
         """Syncs all files and puts `folder` in the place of `path`.
@@ -107,7 +119,3 @@ def _lock_folder(folder: pathlib.Path) -> int:
 def _sync_file(path: pathlib.Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _has(folder: pathlib.Path, name: str) -> bool:
-    return (folder / name).is_file()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert import hf_to_flax
+from convert import flax_to_hf, hf_to_flax
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax import checkpoint_writer, journal, staging
 from qwen_jax.checkpoint import load_params
@@ -181,3 +181,17 @@ def test_manifest_without_its_files_does_not_load(hf, tmp_path):
     next(path for path in chunk_files(tmp_path / "ck") if "mlp.up" in str(path)).unlink()
     with pytest.raises(InputError, match=r"is damaged: .*mlp\.up"):
         load_params(tmp_path / "ck")
+
+
+def test_export_over_what_a_killed_export_left(hf, tmp_path):
+    hf_to_flax.convert(hf, tmp_path / "ck")
+    left = tmp_path / ".out.partial/out"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    (left / ".model.safetensors.partial").touch()
+    flax_to_hf.export(tmp_path / "ck", tmp_path / "out")
+    assert not (tmp_path / ".out.partial").exists()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    (tmp_path / ".out.partial").mkdir()
+    with pytest.raises(InputError, match="already exists"):
+        flax_to_hf.export(tmp_path / "ck", tmp_path / "out")
