@@ -20,8 +20,8 @@ import numpy as np
 import tqdm
 
 from convert.compare import Difference, compare_part, torch_name, total_of
-from convert.hf_files import HfWeights
-from convert.hf_to_flax import check_names_and_shapes, hf_parts
+from convert.gptq import read_gptq
+from convert.hf_to_flax import hf_parts, open_weights
 from convert.stream import num_cores
 from qwen_jax.checkpoint import StoredParams, load_manifest
 from qwen_jax.cli import parse, run
@@ -114,10 +114,12 @@ def compare(
 ) -> tuple[list[str], dict[str, Difference]]:
     """Faults, and the difference of every tensor (by torch name) from the source."""
     stored = StoredParams(checkpoint)
-    manifest, weights = stored.manifest, HfWeights(source)
-    check_names_and_shapes(weights, manifest.config)
+    manifest, gptq = stored.manifest, read_gptq(source)
     dtype, fmt = np.dtype(manifest.dtype), manifest.quantization
-    parts, fingerprint = hf_parts(weights, manifest.config, dtype, fmt)
+    if gptq is not None and fmt != gptq.fmt:
+        raise InputError(f"{source} is GPTQ of {gptq.bits} bits; {checkpoint} was not made from it")
+    weights = open_weights(source, manifest.config, gptq)
+    parts, fingerprint = hf_parts(weights, manifest.config, dtype, fmt, gptq)
     faults: list[str] = []
     if fingerprint != manifest.fingerprint:
         faults.append(f"{checkpoint} was converted from other weights than {source}")

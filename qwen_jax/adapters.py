@@ -218,7 +218,10 @@ def save_peft(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", _FINGERPRINT_KEY: fingerprint}
     with replacing(folder / ADAPTER_WEIGHTS) as path:
-        safetensors.numpy.save_file(tensors, path, metadata=metadata)
+        try:
+            safetensors.numpy.save_file(tensors, path, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{folder / ADAPTER_WEIGHTS} cannot be written: {error}") from None
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -116,13 +116,7 @@ class Model:
                 f"{self.path} has no {RANKS_FILE}: text needs a tokenizer; copy the file that is "
                 "published with the model into the checkpoint, or work with token ids"
             )
-        tokenizer = Tokenizer.from_dir(self.path)
-        if tokenizer.n_vocab > self.config.vocab_size:
-            raise InputError(
-                f"{self.path / RANKS_FILE} has {tokenizer.n_vocab} tokens, the model only "
-                f"{self.config.vocab_size} rows for them; it belongs to another model"
-            )
-        return tokenizer
+        return Tokenizer.from_dir(self.path, self.config.vocab_size)
 
     @functools.cached_property
     def engine(self) -> Engine:

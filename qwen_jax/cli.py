@@ -171,8 +171,10 @@ def run(main: Callable[[], None]) -> None:
     """Runs a program's main; what the user or the machine caused is one line, see the module."""
     # force: a library that logs while it is imported has set the root up already.
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    for noisy in ("absl", "jax", "orbax"):
+    for noisy in ("jax", "orbax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # Orbax logs through absl, as an error with its traceback, what it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that cannot show a character
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -72,7 +72,12 @@ class StagedFolder:
             )
 
     def commit(self) -> None:
-        """Puts `folder` in the place of `path`; a kill in between is mended by the next run."""
+        """Syncs all files and puts `folder` in the place of `path`.
+
+        A kill in between is mended by the next run.
+        """
+        for path in sorted(self.folder.rglob("*")):
+            sync_folder(path) if path.is_dir() else _sync_file(path)
         if os.path.lexists(self.path):
             old = self.work / "replaced"
             shutil.rmtree(old, ignore_errors=True)
@@ -97,6 +102,11 @@ def _lock_folder(folder: pathlib.Path) -> int:
             f"another process is writing {folder}; wait until it ends, or give another output"
         )
     return lock
+
+
+def _sync_file(path: pathlib.Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _has(folder: pathlib.Path, name: str) -> bool:

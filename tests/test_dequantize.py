@@ -7,7 +7,9 @@ import pytest
 
 from qwen_jax.kernels import _pallas_codes as codes
 from qwen_jax.kernels import _pallas_dequantize as kernel
-from qwen_jax.quant import QTensor, QuantFormat, dequantize, quantize
+from qwen_jax.kernels.dequantize import dequantize as dequantize_kernel
+from qwen_jax.kernels.qmatmul import qmatmul
+from qwen_jax.quant import Layer, QTensor, QuantFormat, dequantize, quantize
 from tests.ptx_numpy import Machine
 
 LAYERS = 3
@@ -72,3 +74,32 @@ def nearly_equal(out: np.ndarray, want: np.ndarray) -> None:
     """Equal, but that (code * scale) * factor may round otherwise than code * (scale * factor)."""
     np.testing.assert_allclose(out, want, rtol=0.125, atol=2**-9)
     assert np.mean(out != want) < 1e-4
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
+def test_a_layer_of_a_stack_multiplies_like_the_layer_cut_out(kind, compute):
+    q = random_stack(kind, (2, 8, 256))
+    x = jax.random.normal(jax.random.key(0), (3, 256))
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(qmatmul(x, w, compute)))
+
+    step = jax.jit(jax.value_and_grad(loss))
+    cut = jax.tree.map(lambda a: a[2], q)
+    got, want = step(x, Layer(stack=q, index=jnp.int32(2))), step(x, cut)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_named_kernel_refuses_what_it_does_not_write():
+    int8, odd = random_stack("int8", (8, 256)), random_stack("nf4", (128, 320))
+    with pytest.raises(NotImplementedError, match="kind int8"):
+        dequantize_kernel(
+            Layer(stack=int8, index=jnp.int32(0)), jnp.bfloat16, implementation="mosaic"
+        )
+    layer = Layer(stack=odd, index=jnp.int32(0))
+    with pytest.raises(NotImplementedError, match="float32 straight"):
+        dequantize_kernel(layer, jnp.float32, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="128 x 320 is not cut by tiles of 128 x 256"):
+        dequantize_kernel(layer, jnp.float8_e4m3fn, turned=True, implementation="mosaic")

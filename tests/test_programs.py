@@ -18,6 +18,9 @@ PROGRAMS = {
     "train.lora": ("--model_name_or_path", "--dataset", "--output_dir"),
     "sample.chat": ("--checkpoint",),
     "sample.generate": ("--checkpoint",),
+    "convert.download": ("--repo_id", "--output"),
+    "convert.verify": ("--checkpoint",),
+    "sample.serve": ("--checkpoint",),
 }
 
 
@@ -29,7 +32,7 @@ def test_help_explains_every_flag(name, capsys):
     page = capsys.readouterr().out
     assert not stop.value.code
     for field in dataclasses.fields(program.Args):
-        text = re.split(r"--\w", re.split(rf"--{field.name}\b", page)[1])[0]
+        text = re.split(r"\n[│ ]+--\w", re.split(rf"\n[│ ]+--{field.name}\b", page)[1])[0]
         if isinstance(field.default, bool):  # --flag, --no_flag
             text = re.split(rf"--no_{field.name}\b", page)[1]
         words = re.findall(r"[a-z]{2,}", text.partition("(default")[0])

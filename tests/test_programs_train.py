@@ -1,17 +1,20 @@
 """Training on bad input, and being stopped."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 from programs import make_home, replace, stopped
 
-from qwen_jax.adapters import ADAPTER_WEIGHTS
+from qwen_jax.adapters import ADAPTER_WEIGHTS, Lora
 from qwen_jax.cli import run
 from qwen_jax.errors import InputError
 from train import lora as program
 from train.report import Report
+from train.state import check_free, save_checkpoint
+from train.step import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,7 @@ def training(home, output, *more):
         (["--model_name_or_path", "{home}/hf"], "not a converted checkpoint"),
         (["--model_name_or_path", "Qwen/Qwen-72B"], "not a converted checkpoint"),
         (["--mesh", "tensor=3"], "tensor=3 must divide the 4 heads and 64 FFN columns"),
+        (["--plan", "--mesh", "tensor=3"], "tensor=3 must divide the 4 heads"),
         (["--mesh", "64"], "needs 64 devices, this machine has 8"),
         (["--dataset", "sms"], "it has: sums; did you mean 'sums'?"),
         (["--dataset", "sums,nix"], "no dataset 'nix'"),
@@ -111,3 +115,36 @@ def test_numbers_that_are_none_are_found_before_they_are_saved(tmp_path, name):
     report.add(2, good | {name: np.float32("inf")}, 5)
     with pytest.raises(InputError, match=r"no longer finite numbers .* up to step 2"):
         report.check()
+
+
+def test_a_damaged_log_does_not_stop_a_resumed_run(tmp_path):
+    log = tmp_path / "trainer_log.jsonl"
+    log.write_bytes(b'{"step": 1}\n\xff\n{"step": "2"}\n[1]\n{"step": 3}\n{"st')
+    Report(tmp_path, start=2, total=9, steps_per_epoch=9, every=9).close()
+    assert log.read_text() == '{"step": 1}\n'
+
+
+def test_a_full_disk_is_found_before_the_run_and_does_not_end_it(home, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    state = TrainState(step=np.int32(3), lora={"a": np.zeros(10**6, np.float32)}, opt_state=())
+    with pytest.raises(InputError, match="has 0 MB free, a checkpoint needs 9 MB; free some"):
+        check_free(tmp_path, state)
+    report = Report(tmp_path, start=0, total=9, steps_per_epoch=9, every=9)
+    with program.going_on(report, unless=False):
+        save_checkpoint(tmp_path, state, {}, lambda folder, lora: None)
+    with pytest.raises(InputError), program.going_on(report, unless=True):
+        save_checkpoint(tmp_path, state, {}, lambda folder, lora: None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path):
+    state = TrainState(step=np.int32(3), lora=Lora(weights={}, scale=1.0), opt_state=())
+
+    def no_space(folder, lora):
+        (folder / ADAPTER_WEIGHTS).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(folder))
+
+    with pytest.raises(InputError, match=r"checkpoint-3 cannot be written: .* No space left"):
+        save_checkpoint(tmp_path, state, {}, no_space)
+    assert os.listdir(tmp_path) == []

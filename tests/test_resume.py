@@ -5,6 +5,7 @@ The runs are processes of their own, killed for real; a fork server imports jax 
 
 import multiprocessing
 import os
+import pathlib
 import random
 import signal
 import time
@@ -104,11 +105,20 @@ def before_the_manifest():
 
 
 def before_the_rename():
-    dying_at(staging.os, "rename", 0, before=True)
+    dying_at(StagedFolder, "commit", 0, before=True)
+
+
+def dying_after_rename_to(name: str) -> None:
+    def rename(source, target):
+        original(source, target)
+        if pathlib.Path(target).name == name:
+            die()
+
+    original, staging.os.rename = staging.os.rename, rename
 
 
 def after_the_rename():
-    dying_at(staging, "sync_folder", 0, before=True)
+    dying_after_rename_to("ck")
 
 
 POINTS = [
@@ -138,12 +148,13 @@ def test_killed_while_an_old_checkpoint_is_replaced(hf, whole, tmp_path, call):
     hf_to_flax.convert(hf, output)
     prepare = [before_the_rename, between_the_renames][call]
     assert run(hf, output, prepare, True) == -signal.SIGKILL
+    assert output.exists() == (call == 0)
     hf_to_flax.convert(hf, output, fmt=NF4, overwrite=True)
     assert_finished(output, whole)
 
 
 def between_the_renames():
-    dying_at(staging.os, "rename", 0, before=False)
+    dying_after_rename_to("replaced")
 
 
 @pytest.mark.parametrize(

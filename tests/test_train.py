@@ -357,6 +357,19 @@ def test_settings_that_cannot_be_resumed_or_overwritten(run_folder, tmp_path, ca
     (output / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"another run \(seed 42 -> 7\)"):
         program.main(flags(run_folder, output, *short, "--seed", "7"))
+    rows = json.loads((run_folder / "sums.json").read_text())
+    rows[3]["output"] = rows[3]["output"].replace("6", "7")
+    (tmp_path / "sums.json").write_text(json.dumps(rows))
+    shutil.copy(run_folder / "dataset_info.json", tmp_path)
+    with pytest.raises(InputError, match=r'another run \(data "\w{12}... -> "\w{12}...\); use'):
+        program.main(flags(run_folder, output, *short, "--dataset_dir", str(tmp_path)))
+    files = (output / "checkpoint-2" / "state").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match=f"damaged: .*{largest.name} is not as written"):
+        program.main(flags(run_folder, output, *short))
     shutil.rmtree(output / "checkpoint-2" / "state")  # no longer complete: not the newest
     program.main(flags(run_folder, output, *short))
     assert f"resuming from {output / 'checkpoint-1'}" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax.checkpoint import load_params
 from qwen_jax.errors import InputError
 from qwen_jax.quant import QuantFormat, dequantize, quantize
+from tests.gptq_folder import write_gptq_checkpoint
 
 KINDS = ("none", "int8", "int4", "nf4")
 
@@ -162,6 +163,21 @@ def test_dequantized_rows_as_the_specification(kind):
     want = np.asarray(dequantize(q, "float32")).reshape(150, 384)
     got = dequantized_rows(jax.tree.map(np.asarray, q), slice(37, 90))
     np.testing.assert_allclose(got, want[37:90], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_source(tmp_path, hf, converted, bits):
+    write_gptq_checkpoint(tmp_path / "hf", bits)
+    hf_to_flax.convert(tmp_path / "hf", tmp_path / "ck")
+    faults, differences = verify.compare(tmp_path / "ck", tmp_path / "hf")
+    assert not faults and not any(found.quantized for found in differences.values())
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["transformer.h.1.mlp.w2.qweight"][3, 7] ^= 1
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    faults, _ = verify.compare(tmp_path / "ck", tmp_path / "hf")
+    assert len(faults) == 1 and "transformer.h.1.mlp.w2.weight: 1 of" in faults[0]
+    with pytest.raises(InputError, match="was not made from it"):
+        verify.compare(converted / "nf4", tmp_path / "hf")
 
 
 def test_memory_is_that_of_a_few_layers(hf, tmp_path):

@@ -27,18 +27,21 @@ from qwen_jax import runtime
 from qwen_jax.adapters import abstract_lora, describe_trainable, init_lora, save_peft
 from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.manifest import planned_manifest
 from qwen_jax.memory import device_limit
 from qwen_jax.params import tree_bytes
 from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
 from train.arguments import Args, check
 from train.base import load_base
-from train.batches import Example, batches, bucket_length
+from train.batches import Example, batches, bucket_length, fingerprint
 from train.data import load_dataset
 from train.memory import REMEDY, decide
-from train.plan import ModelPlan, Plan, planned_manifest
+from train.plan import ModelPlan, Plan
 from train.report import Report
-from train.state import find_start, load_state, prepare_output, save_checkpoint
+from train.state import check_free, find_start, load_state, prepare_output, save_checkpoint
 from train.step import (
     Compute,
     TrainState,
@@ -65,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     manifest = load_manifest(args.model_name_or_path)
     cfg = manifest.config
-    check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
+    check_heads(sizes, cfg)
     model = ModelPlan.make(args, manifest)
     print(describe_trainable(cfg, model.lora))
     if args.overwrite_cache:
         print("overwrite_cache: nothing to do, tokenized data is not cached")
-    tokenizer = Tokenizer.from_dir(args.model_name_or_path)
+    tokenizer = Tokenizer.from_dir(args.model_name_or_path, cfg.vocab_size)
     dataset = load_dataset(
         args.dataset,
         args.dataset_dir,
@@ -92,9 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(args, plan, dataset.examples, tokenizer.eod_id, compute, resume_from)
 
 
+def check_heads(sizes: dict[str, int], cfg: ModelConfig) -> None:
+    """InputError if the mesh does not fit the model."""
+    check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
+
+
 def print_plan(args: Args, sizes: dict[str, int]) -> None:
     """What --plan prints: from the parameter table, with no weights and on any machine."""
     manifest = planned_manifest(args.model_name_or_path)
+    check_heads(sizes, manifest.config)
     model = ModelPlan.make(args, manifest)
     remat, budget = decide(args, model, sizes, bucket_length(args.cutoff_len, args.cutoff_len), 0)
     print(describe_trainable(manifest.config, model.lora))
@@ -117,9 +126,10 @@ def train(
     optimizer = make_optimizer(
         schedule, max_grad_norm=args.max_grad_norm, weight_decay=args.weight_decay
     )
-    settings = plan.settings(args)
+    settings = plan.settings(args) | {"data": fingerprint(examples)}
     state = start_state(plan, settings, optimizer, mesh, resume_from)
     folder = prepare_output(args, resume_from)
+    check_free(folder, state)
     params = load_base(args.model_name_or_path, model.dtype, model.quantize_to, mesh)
     table = np.asarray(params.pop("wte")) if args.offload_embedding else None
     print(f"base {tree_bytes(params) / 1e9:.2f} GB over {mesh.size} devices", flush=True)
@@ -149,7 +159,8 @@ def train(
             report.add(done, metrics, int(batch["lengths"].sum()))
             if interrupted or save_due(args, plan, done):
                 report.check()
-                save_checkpoint(folder, state, settings, save_adapter)
+                with going_on(report, unless=bool(interrupted)):
+                    save_checkpoint(folder, state, settings, save_adapter)
             if interrupted and done < plan.total:
                 print(f"stopped after step {done}; to go on from {folder}/checkpoint-{done}, run "
                       "the same command without --overwrite_output_dir")  # fmt: skip
@@ -199,6 +210,17 @@ def save_due(args: Args, plan: Plan, done: int) -> bool:
     if args.save_strategy == "epoch":
         return done % plan.batches.steps_per_epoch == 0 or done == plan.total
     return args.save_strategy == "steps" and done % args.save_steps == 0
+
+
+@contextlib.contextmanager
+def going_on(report: Report, unless: bool) -> Iterator[None]:
+    """A checkpoint that cannot be written, say on a full disk, is no reason to lose the run."""
+    try:
+        yield
+    except InputError as error:
+        if unless:
+            raise
+        report.say(f"warning: not saved, training goes on: {error}")
 
 
 @contextlib.contextmanager

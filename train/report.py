@@ -3,6 +3,7 @@
 It reads metrics that the step returned; it knows nothing of the model or of how they were made.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -42,6 +43,10 @@ class Report:
         if step % self.every == 0 or step == self.total:
             self._write(step)
 
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(line)
+
     def close(self) -> None:
         self.bar.close()
 
@@ -79,7 +84,7 @@ class Report:
             f"lr {row['lr']:.3e}  grad_norm {row['grad_norm']:.3f}  "
             f"{row['tokens_per_second']:.0f} tok/s"
         )
-        tqdm.write(line + (f"  peak {peak / 1e9:.1f} GB" if peak else ""))
+        self.say(line + (f"  peak {peak / 1e9:.1f} GB" if peak else ""))
         self.metrics, self.tokens, self.began = [], 0, time.perf_counter()
 
     def _drop_lines_after(self, start: int) -> None:
@@ -87,13 +92,10 @@ class Report:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            if isinstance(row, dict) and row.get("step", 0) <= start:
-                kept.append(line + "\n")
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # the last line of a killed run
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
         self.path.write_text("".join(kept), encoding="utf-8")
 
 

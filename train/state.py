@@ -1,12 +1,13 @@
 """Checkpoints of a run in its output folder, to resume from: found, written whole, read back.
 
     OUT/checkpoint-N/state/       LoRA weights, moments and step (Orbax)
-    OUT/checkpoint-N/run.json     the settings that a resumed run must share
+    OUT/checkpoint-N/run.json     the settings that a resumed run must share; a sha256 of each file
     OUT/checkpoint-N/adapter_*    the adapter after N steps, as PEFT writes it
 
 It knows nothing of how the state is made or used.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -24,6 +25,8 @@ from qwen_jax.files import read_json_object, sync_folder, write_json
 from train.arguments import Args
 from train.report import LOG_FILE
 from train.step import TrainState
+
+_CHECKSUMS = "sha256"  # in run.json
 
 
 def checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -79,13 +82,27 @@ def prepare_output(args: Args, start: pathlib.Path | None) -> pathlib.Path:
     return folder
 
 
+def check_free(folder: pathlib.Path, state: TrainState) -> None:
+    """InputError if the disk has no room for one more checkpoint (state and adapter)."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, state.lora))) + 10**6
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise InputError(
+            f"{folder} has {free / 1e6:.0f} MB free, a checkpoint needs {needed / 1e6:.0f} MB; "
+            "free some space"
+        )
+
+
 def save_checkpoint(
     folder: pathlib.Path,
     state: TrainState,
     settings: dict[str, Any],
     save_adapter: Callable[..., None],  # (folder, lora=...)
 ) -> None:
-    """Writes folder/checkpoint-N whole or not at all: staged under a hidden name, then renamed."""
+    """Writes folder/checkpoint-N whole or not at all: staged under a hidden name, then renamed.
+
+    InputError if it cannot be written, say because the disk is full.
+    """
+    check_free(folder, state)
     target = folder / f"checkpoint-{int(state.step)}"
     staging = folder / f".{target.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -93,28 +110,57 @@ def save_checkpoint(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((staging / "state").resolve(), _stored(state))
         save_adapter(staging, lora=state.lora)
-        write_json(staging / "run.json", settings)
+        write_json(staging / "run.json", settings | {_CHECKSUMS: _checksums(staging / "state")})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staging, target)
+    except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+        raise InputError(
+            f"{target} cannot be written: {' '.join(str(error).split())[:300]}"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync_folder(folder)
 
 
 def load_state(checkpoint: pathlib.Path, abstract: TrainState, settings: dict) -> TrainState:
-    """Reads the state onto its devices; InputError if another run wrote it."""
+    """Reads the state onto its devices; InputError if another run wrote it, or if it is damaged."""
     saved = read_json_object(checkpoint / "run.json")
     changed = [key for key in settings if saved.get(key) != settings[key]]
     if changed:
-        what = ", ".join(f"{k} {json.dumps(saved.get(k))} -> {settings[k]!r}" for k in changed)
+        what = ", ".join(f"{k} {_shown(saved.get(k))} -> {_shown(settings[k])}" for k in changed)
         raise InputError(
             f"{checkpoint} belongs to another run ({what}); use its settings again, or begin anew "
             "with --overwrite_output_dir"
+        )
+    # Orbax does not notice a flipped byte here, and answers a missing one with pages.
+    written, found = saved.get(_CHECKSUMS), _checksums(checkpoint / "state")
+    if written != found:
+        written = written if isinstance(written, dict) else {}
+        wrong = sorted(n for n in {*written, *found} if written.get(n) != found.get(n))
+        raise InputError(
+            f"{checkpoint} is damaged: {', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} "
+            "not as written; remove the folder to go on from an earlier one"
         )
     with ocp.StandardCheckpointer() as checkpointer:
         kept = checkpointer.restore((checkpoint / "state").resolve(), _stored(abstract))
     lora = abstract.lora.replace(weights=kept["lora"])
     return TrainState(step=kept["step"], lora=lora, opt_state=_unflat(abstract, kept["moments"]))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:13] + "..."  # a hash
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    """Name -> sha256 of every file in the folder."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[str(path.relative_to(folder))] = digest
+    return sums
 
 
 def _stored(state: TrainState) -> dict[str, Any]:

@@ -59,17 +59,17 @@ qmatmul.defvjp(_forward, _backward)
 
 
 def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
-    return w.astype(dtype) if isinstance(w, jax.Array) else dequantize(w, dtype)
+    return dequantize(w, dtype) if isinstance(w, QTensor | Layer) else w.astype(dtype)
 
 
 def _fp8_weight(w: Weight, turned: bool = False) -> tuple[jax.Array, jax.Array]:
     """The weight in e4m3, [*O, I] or [I, *O], and the unit that its values are multiples of."""
-    if isinstance(w, jax.Array):
-        unit = _absmax(w, None) / FP8_MAX
-        weight = (w.astype(jnp.float32) / unit).astype(FP8)
-        return turn(weight) if turned else weight, unit
-    unit = largest(w) / FP8_MAX
-    return dequantize(w, FP8, unit=unit, turned=turned), unit
+    if isinstance(w, QTensor | Layer):
+        unit = largest(w) / FP8_MAX
+        return dequantize(w, FP8, unit=unit, turned=turned), unit
+    unit = _absmax(w, None) / FP8_MAX
+    weight = (w.astype(jnp.float32) / unit).astype(FP8)
+    return turn(weight) if turned else weight, unit
 
 
 def _absmax(x: jax.Array, axes) -> jax.Array:
