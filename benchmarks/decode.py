@@ -53,7 +53,7 @@ class Args:
     dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
-    split: bool = False  # the first batch again, with attention and cache as XLA's small kernels
+    append: bool = False  # the first batch again, with append_attention's own kernel
     check: bool = False  # first compare one layer with its reference
     peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
@@ -162,31 +162,32 @@ def bandwidth() -> float:
 
 
 def check(cfg: ModelConfig) -> None:
-    """One step through one layer, kernels against references; what differs too much is not used."""
+    """One step through one layer: every kernel by name against the references."""
     cfg = dataclasses.replace(cfg, num_layers=1)
     params = random_packed(cfg)
     tokens = jnp.arange(3, dtype=jnp.int32)[:, None]
 
-    def step(implementation, cache):
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(implementation, params, cache):  # the weights as arguments, not as constants
         return packed.forward(cfg, params, tokens, cache, implementation=implementation)
 
-    step = jax.jit(step, static_argnums=0)
     for dtype in (jnp.bfloat16, jnp.int8):
         cache = filled_cache(cfg, 3, 128, 77, dtype)
         cache = cache.replace(lengths=jnp.array([0, 77, 128], jnp.int32))
-        want, reference = step("xla", cache)
-        got, cache = step(None, cache)
-        error = jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(
-            want.astype(jnp.float32)
-        )
-        pairs = ((cache.k, reference.k), (cache.v, reference.v))
-        new = want.shape[0] * cfg.hidden_size * 2 / 3  # two of three rows have room
-        wrong = [round(float(jnp.sum(a != b) / new), 4) for a, b in pairs]
-        print(f"{jnp.dtype(dtype)} cache: relative error {float(error):.1e}, new keys and values "
-              f"differ in {wrong} of their elements", flush=True)  # fmt: skip
-        if not error < 0.05 or max(wrong) > 0.3:
-            append_attention.choose = lambda *_: "split"
-            print("append_attention is not used", flush=True)
+        want, reference = step("xla", params, cache)
+        for name in (None, "mosaic"):
+            try:
+                got, written = step(name, params, cache)
+            except Exception as e:
+                print(f"{name}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+                continue
+            diff, size = (jnp.linalg.norm(x.astype(jnp.float32)) for x in (got - want, want))
+            new = 2 * 2 * cfg.attention_size  # two of three rows have room
+            pairs = ((written.k, reference.k), (written.v, reference.v))
+            wrong = sum(float(jnp.sum(a != b)) for a, b in pairs) / new
+            print(f"{jnp.dtype(dtype)} cache, {name or 'automatic choice'}: relative error "
+                  f"{float(diff / size):.1e}, {wrong:.1%} of new keys and values differ",
+                  flush=True)  # fmt: skip
 
 
 def measure(
@@ -300,16 +301,16 @@ def main(argv=None):
     else:
         params = random_packed(cfg, args.int8_head)
     jax.block_until_ready(params)
-    for name in (*args.batch, *args.batch[: int(args.split)]):
+    for name in (*args.batch, *args.batch[: int(args.append)]):
         batch, _, cache_dtype = name.partition(":")
         try:
             row = measure(cfg, args, params, int(batch), cache_dtype, rate)
             print(json.dumps(row), flush=True)
         except Exception as e:  # one row that fails must not hide the others
             print(f"batch {name}: {type(e).__name__}: {str(e)[:500]}", flush=True)
-        if name == args.batch[-1] and args.split:
-            print("attention and cache as small kernels:", flush=True)
-            append_attention.choose = lambda *_: "split"
+        if name == args.batch[-1] and args.append:
+            print("bias, rotation, cache and attention in one kernel:", flush=True)
+            append_attention.choose = lambda: "mosaic" if not args.toy else "xla"
             jax.clear_caches()
     for tokens in (1, args.verify) if args.verify else ():
         seconds = verify_seconds(cfg, params, args.context, tokens)

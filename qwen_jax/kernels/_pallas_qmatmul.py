@@ -112,16 +112,19 @@ def tiling_for(M: int, N: int, K: int, kind: str = "int4") -> Tiling:
 
 
 def _tilings(M: int, N: int, K: int, fmt: Format) -> list[Tiling]:
-    tilings = []
     tiles = -(-M // 8)
-    for blocks, warps, splits in itertools.product((1, 2, 3), (8, 12, 16, 4), range(1, 17)):
-        fits = (K // splits * 2 + _ROW_PAD) * tiles * 8 <= _SMEM
-        small = blocks * tiles <= 4  # accumulators stay in registers
-        if N % (16 * blocks * warps) == 0 and K % (fmt.chunk * splits) == 0 and fits and small:
-            tilings.append(Tiling(blocks=blocks, warps=warps, splits=splits, ahead=4))
-    if not tilings:
-        raise NotImplementedError(f"no tiling divides a {N} x {K} weight for {M} rows")
-    return tilings
+    table = _TABLE_BYTES if fmt.kind == "nf4" else 0
+    for most in (_SMEM, 2 * _SMEM):  # K of few divisors: rather one large block than none
+        tilings = []
+        for blocks, warps, splits in itertools.product((1, 2, 3), (8, 12, 16, 4), range(1, 17)):
+            fits = (K // splits * 2 + _ROW_PAD) * tiles * 8 + table <= most
+            small = blocks * tiles <= 4  # accumulators stay in registers
+            divides = N % (16 * blocks * warps) == 0 and K % (fmt.chunk * splits) == 0
+            if divides and fits and small:
+                tilings.append(Tiling(blocks=blocks, warps=warps, splits=splits, ahead=4))
+        if tilings:
+            return tilings
+    raise NotImplementedError(f"no tiling divides a {N} x {K} weight for {M} rows")
 
 
 def _waste(t: Tiling, N: int) -> float:

@@ -71,8 +71,7 @@ def decode_matmul_xla(
 def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
     from qwen_jax.kernels import _pallas_qmatmul
 
-    M = x.shape[0]
-    rows = M if M <= 8 else -(-M // 8) * 8
+    M, rows = x.shape[0], _padded_rows(x.shape[0])
     x = jnp.pad(x, [(0, rows - M), (0, w.padded_size - w.in_size)])
     tiling = _pallas_qmatmul.tiling_for(rows, w.rows, w.padded_size, w.kind)
     index = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -84,10 +83,26 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
 
 
 def choose(x: jax.Array, w: PackedWeight) -> str:
-    """The kernel for few rows on a Hopper card, XLA otherwise."""
-    chosen = "mosaic" if x.shape[0] <= MAX_ROWS and on_hopper(x.dtype) else "xla"
-    _say_once(chosen, "few rows" if x.shape[0] <= MAX_ROWS else "many rows")
+    """The kernel for few rows on a Hopper card, if a tiling divides the weight; XLA otherwise."""
+    few = x.shape[0] <= MAX_ROWS
+    chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "xla"
+    _say_once(chosen, f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}")
     return chosen
+
+
+def _has_tiling(M: int, w: PackedWeight) -> bool:
+    from qwen_jax.kernels import _pallas_qmatmul
+
+    try:
+        _pallas_qmatmul.tiling_for(_padded_rows(M), w.rows, w.padded_size, w.kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _padded_rows(M: int) -> int:
+    """Up to 8 rows are one tile whose rest the kernel fills; more come in whole tiles."""
+    return M if M <= 8 else -(-M // 8) * 8
 
 
 def on_hopper(dtype: jnp.dtype) -> bool:
