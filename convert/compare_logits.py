@@ -10,15 +10,16 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.export_rows import Source, layer_pair
+from convert.export_rows import Source
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.params import ParamSpec, nest, param_table
+from qwen_jax.params import ParamSpec, param_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,11 @@ def streamed_logits(
         return attention(q, k, v, q_index=positions, causal_square=True), None
 
     x = jnp.asarray(_rows_of(source, specs[("wte",)], ids).astype(dtype))[None]  # [1, T, D]
-    scale = 0.0 if lora is None else lora.scale
+    pairs = decoder.lora_layers(lora, dtype)
     for layer in range(cfg.num_layers):
         weights = _Layer(lambda spec, layer=layer: _whole(source, spec, layer, dtype), specs)
-        low = _low_rank(lora, specs, layer)
-        x, _ = decoder.decoder_layer(cfg, x, weights, low, scale, angles, logn, attend)
+        low = jax.tree.map(lambda stack, layer=layer: stack[layer], pairs)
+        x, _ = decoder.decoder_layer(cfg, x, weights, low, angles, logn, attend)
     x = decoder.rms_norm(x, jnp.asarray(_whole(source, specs[("ln_f",)], 0, dtype)), cfg.norm_eps)
     logits = np.empty((T, cfg.vocab_size), np.float32)
     row = 0
@@ -111,13 +112,6 @@ class _Layer(collections.abc.Mapping):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _low_rank(lora: Lora | None, specs: dict, layer: int) -> dict[str, Any]:
-    if lora is None:
-        return {}
-    pairs = {path[1:]: layer_pair(lora, spec, layer) for path, spec in specs.items()}
-    return nest({path: pair for path, pair in pairs.items() if pair is not None})
 
 
 def _whole(source: Source, spec: ParamSpec, layer: int, dtype: np.dtype) -> np.ndarray:

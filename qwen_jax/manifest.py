@@ -8,7 +8,7 @@ import os
 import pathlib
 from typing import Any
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, load_hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json_object
 from qwen_jax.quant import QuantFormat
@@ -73,4 +73,19 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
         quantization=None if fmt is None else QuantFormat(**fmt),
         fingerprint=values["fingerprint"],
         checksums=sums,
+    )
+
+
+def planned_manifest(path: str | os.PathLike) -> Manifest:
+    """The manifest of a checkpoint or, before any conversion, what config.json alone says: enough
+    for a plan, and of no use for loading."""
+    folder = pathlib.Path(path)
+    if (folder / MANIFEST_NAME).exists() or not (folder / "config.json").exists():
+        return load_manifest(folder)
+    return Manifest(
+        config=load_hf_config(folder),
+        dtype="bfloat16",
+        quantization=None,
+        fingerprint="",
+        checksums={},
     )

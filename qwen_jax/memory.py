@@ -1,4 +1,4 @@
-"""Bytes a device must hold, from the parameter table alone: no weights, no devices, any mesh.
+"""Bytes that a device, or a disk, must hold, from the parameter table alone: no weights, any mesh.
 
 A `Budget` is a list of named sizes with a limit: it prints itself and refuses what cannot fit, with
 its numbers. What a program needs besides the weights it adds itself.
@@ -61,10 +61,11 @@ def weight_bytes(
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Named sizes in bytes on one device, and the bytes that the device offers (0: unknown)."""
+    """Named sizes in bytes in one place, and the bytes that it offers (0: unknown)."""
 
     items: dict[str, int]
     limit: int = 0
+    place: str = "each device"
 
     @property
     def total(self) -> int:
@@ -82,7 +83,7 @@ class Budget:
             largest = sorted(self.items.items(), key=lambda item: -item[1])[:3]
             named = ", ".join(f"{name} {size / GB:.1f} GB" for name, size in largest)
             raise InputError(
-                f"this needs {self.total / GB:.1f} GB on each device ({named}), which has "
+                f"this needs {self.total / GB:.1f} GB on {self.place} ({named}), which has "
                 f"{self.limit / GB:.1f} GB; {remedy}"
             )
 

@@ -11,13 +11,15 @@ import itertools
 import sys
 from dataclasses import dataclass
 
-from qwen_jax import api, chatml
+from qwen_jax import api, chatml, runtime
 from qwen_jax.cli import parse, run
 from qwen_jax.engine import BLOCK
 from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.manifest import planned_manifest
 from qwen_jax.sampling import SamplingParams
 from sample.answer_text import AnswerText
 from sample.generate import ModelFlags, check_flags, open_model, sampling_params
+from sample.plan import print_plan
 
 HELP = """/new             begin a new conversation (also /clear, /reset)
 /system [TEXT]   show the system message, or change it and begin anew
@@ -133,7 +135,11 @@ def _warm_up(model: api.Model, params: SamplingParams) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    runtime.configure()
     args = parse(Args, argv)
+    if args.plan:
+        print_plan(args, planned_manifest(args.checkpoint), args.mesh, args.dtype, rows=1)
+        return
     check_flags(args)
     if sys.stdin is None:
         raise InputError("standard input is closed; questions come from a terminal or a pipe")

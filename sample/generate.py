@@ -20,17 +20,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_jax import api, chatml
+from qwen_jax import api, chatml, runtime
 from qwen_jax.adapters import ADAPTER_WEIGHTS
 from qwen_jax.checkpoint import DTYPES
 from qwen_jax.cli import parse, run
 from qwen_jax.errors import InputError, UsageError
+from qwen_jax.manifest import planned_manifest
 from qwen_jax.sampling import SamplingParams, check_setting
 from sample.answers_file import AnswersFile
+from sample.plan import PlanFlags, print_plan
 
 
 @dataclass(kw_only=True)
-class ModelFlags:
+class ModelFlags(PlanFlags):
     """What every program that runs a model asks for."""
 
     checkpoint: str
@@ -258,7 +260,11 @@ def _check(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    runtime.configure()
     args = parse(Args, argv)
+    if args.plan:
+        print_plan(args, planned_manifest(args.checkpoint), args.mesh, args.dtype, args.batch_size)
+        return
     _check(args)
     if args.prompt is None:
         given = read_prompts(pathlib.Path(args.input))

@@ -15,12 +15,14 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from qwen_jax import api, chatml
+from qwen_jax import api, chatml, runtime
 from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import planned_manifest
 from qwen_jax.slots import Slots
+from sample.plan import PlanFlags, print_plan
 from sample.scheduler import Scheduler
 
 # What the extra `serve` brings.
@@ -28,7 +30,7 @@ NEEDED = ("pydantic", "starlette", "uvicorn")
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(PlanFlags):
     """Serve a model as OpenAI's API does."""
 
     checkpoint: str
@@ -158,7 +160,12 @@ def _serve(args: Args, bound: socket.socket, model: api.Model, context: int) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
+    runtime.configure()
     args = parse(Args, argv)
+    if args.plan:
+        manifest = planned_manifest(args.checkpoint)
+        print_plan(args, manifest, args.mesh, args.dtype, args.max_batch)
+        return
     _check(args)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:

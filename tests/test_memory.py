@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
+from convert import hf_to_flax
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
@@ -18,6 +20,8 @@ from qwen_jax.params import abstract_params, init_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh
+from sample import generate
+from train import lora
 from train.memory import Workload
 from train.step import Compute, loss_and_grads
 
@@ -127,3 +131,22 @@ def test_more_devices_hold_less():
 def test_wrong_remat_is_refused(text, message):
     with pytest.raises(InputError, match=message):
         Remat.parse(text, 3)
+
+
+def test_plans_of_the_programs_need_no_weights(tmp_path, capsys):
+    config = json.loads((CONFIGS / "qwen_72b_chat.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = str(tmp_path)
+    hf_to_flax.main(["--input", folder, "--output", f"{folder}/out", "--quantize", "nf4", "--plan"])
+    assert re.search(r"sum +40\.99 GB of", capsys.readouterr().out)
+    train = ["--model_name_or_path", folder, "--dataset", "x", "--output_dir", f"{folder}/o"]
+    train += ["--plan", "--bf16", "--quantization_bit", "4", "--device_memory"]
+    lora.main([*train, "48", "--offload_embedding"])
+    assert "of 48.00 GB" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"which has 40\.0 GB; use --remat full"):
+        lora.main([*train, "40"])
+    generate.main(["--checkpoint", folder, "--plan", "--mesh", "tensor=2", "--batch_size", "4"])
+    shown = capsys.readouterr().out
+    # 2 x 64 x 128 x 80 bf16 values a token, 4 rows of 2,048, half on each device.
+    assert f"{2 * 64 * 128 * 80 * 2 * 4 * 2048 / 2 / 1e9:.2f} GB" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]

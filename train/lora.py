@@ -29,6 +29,7 @@ from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import planned_manifest
 from qwen_jax.memory import device_limit
 from qwen_jax.params import tree_bytes
 from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
@@ -38,7 +39,7 @@ from train.base import load_base
 from train.batches import Example, batches, bucket_length, fingerprint
 from train.data import load_dataset
 from train.memory import REMEDY, decide
-from train.plan import ModelPlan, Plan, planned_manifest
+from train.plan import ModelPlan, Plan
 from train.report import Report
 from train.state import check_free, find_start, load_state, prepare_output, save_checkpoint
 from train.step import (

@@ -7,26 +7,15 @@ Nothing here touches a device or weights.
 
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 from qwen_jax.adapters import LoraConfig, target_specs
-from qwen_jax.checkpoint import MANIFEST_NAME, Manifest, load_manifest
-from qwen_jax.config import load_hf_config
+from qwen_jax.checkpoint import Manifest
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sharding import describe_mesh
 from train.arguments import Args
 from train.base import quantized_base
 from train.batches import BatchPlan
-
-
-def planned_manifest(path: str) -> Manifest:
-    """The manifest of a checkpoint, or, before any conversion, what config.json alone says."""
-    folder = pathlib.Path(path)
-    if (folder / MANIFEST_NAME).exists() or not (folder / "config.json").exists():
-        return load_manifest(folder)
-    config = load_hf_config(folder)
-    return Manifest(config=config, dtype="bfloat16", quantization=None, fingerprint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
