@@ -415,7 +415,7 @@ def test_quantization_in_memory_is_that_of_the_format():
         (["--fp16"], "use --bf16"),
         (["--quantization_bit", "3"], "only 4 or 8"),
         (["--lora_target", "c_attn,attn.cproj"], "did you mean 'attn.c_proj'"),
-        (["--logging_steps", "0"], "over 0"),
+        (["--logging_steps", "0"], "expected a number 1 or more"),
         (["--resume_from_checkpoint", "nowhere/checkpoint-1"], "not a complete checkpoint"),
     ],
 )
