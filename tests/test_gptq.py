@@ -200,7 +200,7 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch):
         real(*args)
 
     monkeypatch.setattr(gptq, "_check_zeros", fail_once)
-    with pytest.raises(InputError, match=r"interrupted here; .* the same command goes on"):
+    with pytest.raises(InputError, match=r"interrupted here; .* run the command again"):
         hf_to_flax.convert(tmp_path / "hf", tmp_path / "ck")
     interrupted.clear()
     calls.clear()
