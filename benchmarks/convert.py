@@ -180,16 +180,26 @@ def convert(source: pathlib.Path, output: pathlib.Path, kind: str, zeros: bool) 
 
 def convert_sparsely(argv: Sequence[str]) -> None:
     """The converter, on a disk too small for its output: each finished file is made sparse."""
+    # A process of its own, begun first: one forked later would for a moment count all memory twice.
+    digger = subprocess.Popen(
+        ["bash", "-c", 'while read -r file; do fallocate --dig-holes "$file"; echo; done'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def dig_holes(path: pathlib.Path) -> None:
+        """Gives the blocks of zeros back; what is read from the file stays the same."""
+        digger.stdin.write(f"{path}\n")
+        digger.stdin.flush()
+        digger.stdout.readline()
+
     with (
+        digger,
         mock.patch.object(StagedFolder, "check_free"),
-        mock.patch.object(checkpoint_writer, "_start_writeback", _dig_holes),
+        mock.patch.object(checkpoint_writer, "_start_writeback", dig_holes),
     ):
         hf_to_flax.main(argv)
-
-
-def _dig_holes(path: pathlib.Path) -> None:
-    """Gives the blocks of zeros back; what is read from the file stays the same."""
-    subprocess.run(["fallocate", "--dig-holes", str(path)], check=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from qwen_jax.params import ParamSpec
 
 Arrays = dict[str, np.ndarray]  # "" or the QTensor's fields, in the shapes in which they are stored
 
-_FILLING_BYTES = 1_300_000_000  # arrays that are being filled or wait to be written
+_FILLING_BYTES = 1_300_000_000  # arrays that are being filled, wait to be written or are written
 _FREE_BYTES = 420_000_000  # that wait to be used again
 _SMALL_BYTES = 100_000
 _MOST_WRITES = 8  # at once: what is finished should soon be on record
@@ -64,11 +64,18 @@ def stream(
     """
     filling: collections.deque[_Flight] = collections.deque()
     writing: collections.deque[_Flight] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(threads or num_cores())
+    threads = threads or num_cores()
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
     memory = _Memory()
 
     def total(flights: Iterable[_Flight]) -> int:
         return sum(flight.num_bytes for flight in flights)
+
+    def unfilled(block: concurrent.futures.Future) -> bool:
+        return not block.done()
+
+    def busy() -> int:
+        return sum(unfilled(block) for flight in filling for block in flight.blocks)
 
     def settle() -> None:
         flight = writing.popleft()
@@ -94,6 +101,8 @@ def stream(
         for part in parts:
             shapes = writer.array_shapes(part.spec, part.index)
             size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+            while filling and (busy() > 4 * threads or not any(map(unfilled, filling[0].blocks))):
+                start_write()
             while (filling or writing) and total([*filling, *writing]) + size > _FILLING_BYTES:
                 start_write() if filling else settle()
             pieces, arrays = memory.take(shapes)
@@ -122,10 +131,11 @@ class _Memory:
         pieces, arrays = [], {}
         for name, (shape, dtype) in shapes.items():
             size = math.prod(shape) * dtype.itemsize
-            fitting = [i for i, piece in enumerate(self._free) if piece.size == size]
-            piece = self._free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
+            fitting = [i for i, piece in enumerate(self._free) if size <= piece.size <= 4 * size]
+            best = min(fitting, key=lambda i: self._free[i].size, default=None)
+            piece = np.empty(size, np.uint8) if best is None else self._free.pop(best)
             pieces.append(piece)
-            arrays[name] = piece.view(dtype).reshape(shape)
+            arrays[name] = piece[:size].view(dtype).reshape(shape)
         return pieces, arrays
 
     def give(self, pieces: list[np.ndarray]) -> None:
