@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.cli import parse, run
-from qwen_jax.kernels._pallas_qmatmul import FORMATS, Tiling, split_matmul, tiling_for
+from qwen_jax.kernels._pallas_qmatmul import split_matmul
 from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.tilings import FORMATS, Tiling, tiling_for
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize
 
 SHAPES = {

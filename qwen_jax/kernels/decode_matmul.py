@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
+from qwen_jax.kernels.tilings import tiling_for
 
 # Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py).
 MAX_ROWS = 32
@@ -73,7 +74,7 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
 
     M, rows = x.shape[0], _padded_rows(x.shape[0])
     x = jnp.pad(x, [(0, rows - M), (0, w.padded_size - w.in_size)])
-    tiling = _pallas_qmatmul.tiling_for(rows, w.rows, w.padded_size, w.kind)
+    tiling = tiling_for(rows, w.rows, w.padded_size, w.kind)
     index = jnp.asarray(layer, jnp.int32).reshape(1)
     y = _pallas_qmatmul.split_matmul(index, x, w.codes, w.scale, tiling=tiling, kind=w.kind)
     y = y[:, :M]
@@ -91,10 +92,8 @@ def choose(x: jax.Array, w: PackedWeight) -> str:
 
 
 def _has_tiling(M: int, w: PackedWeight) -> bool:
-    from qwen_jax.kernels import _pallas_qmatmul
-
     try:
-        _pallas_qmatmul.tiling_for(_padded_rows(M), w.rows, w.padded_size, w.kind)
+        tiling_for(_padded_rows(M), w.rows, w.padded_size, w.kind)
     except NotImplementedError:
         return False
     return True
