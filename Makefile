@@ -23,7 +23,7 @@ demo: .venv/.ready  ## convert, train and chat in small, a few minutes on two co
 	$(BIN)/python -m demo.run
 
 test: .venv/.ready-test  ## the fast suite
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: .venv/.ready-test
 	$(BIN)/python -m pytest -m slow

@@ -24,7 +24,7 @@ import tqdm
 
 from convert.hub import RemoteFile, Repository
 from qwen_jax.cli import parse, run
-from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.errors import InputError, UsageError, did_you_mean
 from qwen_jax.files import write_json
 
 KNOWN = tuple(
@@ -217,7 +217,11 @@ def _fetch_all(
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Args, argv)
     if args.workers < 1 or args.retries < 0:
-        raise InputError(f"--workers {args.workers} and --retries {args.retries}: too few")
+        raise UsageError(f"--workers {args.workers} and --retries {args.retries}: too few")
+    if args.endpoint is not None and not re.match(r"https?://[^/]", args.endpoint):
+        raise UsageError(f"--endpoint {args.endpoint}: expected an address, http:// or https://")
+    if args.output.exists() and not args.output.is_dir():
+        raise InputError(f"--output {args.output} is not a folder; name another")
     download(
         resolve_name(args.repo_id),
         args.output,

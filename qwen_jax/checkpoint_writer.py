@@ -59,14 +59,14 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
     ):
-        self.path = pathlib.Path(path).absolute()
         self._manifest = Manifest(
             config=cfg, dtype=dtype, quantization=fmt, fingerprint="", checksums={}
         )
         self._leaves = stored_leaves(cfg, dtype, fmt)
         self._overwrite = overwrite
         self._stores: dict[str, ts.TensorStore] = {}
-        self._staging = StagedFolder(self.path, MANIFEST_NAME, overwrite=overwrite)
+        self._staging = StagedFolder(path, MANIFEST_NAME, overwrite=overwrite)
+        self.path = self._staging.path
         self._params = self._staging.folder / "params"
 
     @property

@@ -18,6 +18,13 @@ from qwen_jax.errors import InputError
 from qwen_jax.files import sync_folder
 
 
+def resolved(path: pathlib.Path) -> pathlib.Path:
+    """The path without `..`, which tensorstore refuses; a link in its last place stays a link."""
+    if path.name in ("", ".."):
+        return path.resolve()
+    return path.parent.resolve() / path.name
+
+
 class StagedFolder:
     """A folder that grows under a hidden name beside its own and is renamed when complete.
 
@@ -27,7 +34,7 @@ class StagedFolder:
     """
 
     def __init__(self, path: str | os.PathLike, mark: str, *, overwrite: bool):
-        self.path = pathlib.Path(path).absolute()
+        self.path = resolved(pathlib.Path(path))
         self.work = self.path.with_name(f".{self.path.name}.partial")
         self.folder = self.work / self.path.name
         self.keep = False

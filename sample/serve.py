@@ -19,7 +19,7 @@ from qwen_jax import api, chatml, runtime
 from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError
+from qwen_jax.errors import InputError, UsageError
 from qwen_jax.manifest import planned_manifest
 from qwen_jax.slots import Slots
 from sample.plan import PlanFlags, print_plan
@@ -65,11 +65,11 @@ def _check(args: Args) -> None:
     """All that can be refused before minutes of loading."""
     for name, least in (("port", 0), ("max_batch", 1), ("max_waiting", 1), ("grace", 0)):
         if getattr(args, name) < least:
-            raise InputError(f"--{name} is {getattr(args, name)}; expected at least {least}")
+            raise UsageError(f"--{name} is {getattr(args, name)}; expected at least {least}")
     if args.port > 65535:
-        raise InputError(f"--port is {args.port}; expected at most 65535")
+        raise UsageError(f"--port is {args.port}; expected at most 65535")
     if args.api_key is not None and not (args.api_key.isascii() and args.api_key.strip()):
-        raise InputError("--api_key is empty or not ASCII; expected a secret word")
+        raise UsageError("--api_key is empty or not ASCII; expected a secret word")
 
 
 def _context(args: Args, cfg: ModelConfig) -> int:

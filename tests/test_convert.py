@@ -202,6 +202,15 @@ def test_rotary_buffers_are_ignored(tmp_path):
     np.testing.assert_array_equal(np.asarray(params["wte"], np.float32), wte.astype(np.float32))
 
 
+def test_paths_may_go_up(hf, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    hf_to_flax.main(["--input", str(hf), "--output", "../beside"])
+    assert load_manifest("../beside").quantization is None
+    flax_to_hf.main(["--input", "../beside", "--output", "../out"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "beside", "out"]
+
+
 def test_indivisible_group_and_wrong_family(tmp_path):
     source = small(tmp_path / "hf", ffn=96)
     assert_refused(source, tmp_path / "ck", "groups of 64", fmt=QuantFormat.named("nf4"))

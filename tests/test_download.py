@@ -11,7 +11,7 @@ import pytest
 from hub_server import serve
 
 from convert import download, hub
-from qwen_jax.errors import InputError
+from qwen_jax.errors import InputError, UsageError
 
 REPO = "Qwen/Qwen-1_8B-Chat"
 SHARD = "model-00001-of-00002.safetensors"
@@ -258,3 +258,13 @@ def test_wrong_names_get_the_nearest(name, message):
 
 def test_sixteen_names_are_known():
     assert len(set(download.KNOWN)) == 16
+
+
+def test_what_no_mirror_can_serve_is_refused_at_once(tmp_path):
+    flags = ["--repo_id", "72b-chat", "--output"]
+    with pytest.raises(UsageError, match="--endpoint notaurl: expected an address"):
+        download.main([*flags, str(tmp_path / "x"), "--endpoint", "notaurl"])
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match="is not a folder; name another"):
+        download.main([*flags, str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "kept"

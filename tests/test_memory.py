@@ -15,6 +15,7 @@ from convert import hf_to_flax
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import Manifest
 from qwen_jax.memory import Budget, weight_bytes
 from qwen_jax.params import abstract_params, init_params
 from qwen_jax.quant import QuantFormat
@@ -22,6 +23,7 @@ from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh
 from sample import generate
 from train import lora
+from train.base import check_room_to_quantize
 from train.memory import Workload
 from train.step import Compute, loss_and_grads
 
@@ -150,3 +152,13 @@ def test_plans_of_the_programs_need_no_weights(tmp_path, capsys):
     # 2 x 64 x 128 x 80 bf16 values a token, 4 rows of 2,048, half on each device.
     assert f"{2 * 64 * 128 * 80 * 2 * 4 * 2048 / 2 / 1e9:.2f} GB" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_a_plain_base_that_cannot_be_quantized_in_memory_is_refused():
+    manifest = Manifest(
+        config=config_72b(), dtype="bfloat16", quantization=None, fingerprint="", checksums={}
+    )
+    nf4 = QuantFormat.named("nf4")
+    with pytest.raises(InputError, match=r"needs 15\d\.\d GB .* convert with --quantize nf4"):
+        check_room_to_quantize(manifest, "bfloat16", nf4, ONE, int(82.9e9))
+    check_room_to_quantize(manifest, "bfloat16", nf4, ONE | {"fsdp": 8}, int(82.9e9))

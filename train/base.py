@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qwen_jax.checkpoint import Manifest, load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.memory import GB, weight_bytes
 from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QuantFormat, quantize
 from train.arguments import KINDS
@@ -31,6 +32,23 @@ def quantized_base(
             "the flag out, or convert the original with --quantize " + KINDS[bits][0]
         )
     return stored, None
+
+
+def check_room_to_quantize(
+    manifest: Manifest, dtype: str, quantize_to: QuantFormat | None, sizes: dict, limit: int
+) -> None:
+    """InputError if a device cannot hold the plain weights that are quantized in memory."""
+    if quantize_to is None or not limit:
+        return
+    plain = sum(weight_bytes(manifest.config, dtype, None, sizes).values())
+    quantized = weight_bytes(manifest.config, dtype, quantize_to, sizes)
+    # The last matrix is there twice, in the end: a third of the quantized layers is a fair bound.
+    need = plain + max(quantized.values()) // 3
+    if need > limit:
+        raise InputError(
+            f"quantizing in memory first needs {need / GB:.1f} GB on each device, which has "
+            f"{limit / GB:.1f} GB; convert with --quantize {quantize_to.kind} instead"
+        )
 
 
 def load_base(

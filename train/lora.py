@@ -35,7 +35,7 @@ from qwen_jax.params import tree_bytes
 from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
 from train.arguments import Args, check
-from train.base import load_base
+from train.base import check_room_to_quantize, load_base
 from train.batches import Example, batches, bucket_length, fingerprint
 from train.data import load_dataset
 from train.memory import REMEDY, decide
@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(plan.describe(mesh.devices.flat[0].device_kind))
     longest = max(len(example.ids) for example in dataset.examples)
     length = bucket_length(longest, args.cutoff_len)
-    remat, budget = decide(args, model, sizes, length, device_limit(mesh.devices.flat[0]))
+    limit = device_limit(mesh.devices.flat[0])
+    check_room_to_quantize(manifest, model.dtype, model.quantize_to, sizes, limit)
+    remat, budget = decide(args, model, sizes, length, limit)
     print(f"memory of each device at {length} tokens a row:\n{budget.describe()}")
     budget.check(REMEDY)
 
