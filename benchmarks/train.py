@@ -1,15 +1,18 @@
 """The training step at full width with random weights: speed, memory, compile time.
 
-    python -m benchmarks.train --layers 80 --seq 2048 4096 --remat auto
+    python -m benchmarks.train --layers 80 --seq 2048 4096 8192
+    python -m benchmarks.train --layers 80 --seq 2048 --compute bf16 fp8 --peer
     python -m benchmarks.train --toy                      a size that a CPU can do
 
 Random weights are made on the device; every token is trained. MFU counts the useful work, 4 FLOP a
 parameter and token (forward, and the gradient of the inputs: frozen weights need none), HFU what
-the device really computed, both against a GEMM measured in the same process. Each row runs in a
-process of its own, so that its peak memory and its compile time are its own.
+the device really computed, both against a bf16 GEMM measured in the same run. Each row runs in a
+process of its own, so that its peak memory and its compile time are its own. `--peer` runs
+transformers with bitsandbytes and PEFT at the same shape (benchmarks/peer_train.py).
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -18,6 +21,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.profile import kernel_table
 from qwen_jax import runtime
@@ -25,85 +29,157 @@ from qwen_jax.adapters import LoraConfig, init_lora
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
+from qwen_jax.memory import device_limit
 from qwen_jax.params import init_params, num_parameters, tree_bytes
 from qwen_jax.quant import QuantFormat
-from qwen_jax.remat import Remat
+from qwen_jax.remat import Remat, saved_values
 from qwen_jax.sharding import make_mesh, parse_mesh
-from train.step import batch_sharding, compile_step, init_state, make_optimizer, make_schedule
+from train.memory import Workload
+from train.step import (
+    Compute,
+    batch_sharding,
+    compile_step,
+    init_state,
+    make_optimizer,
+    make_schedule,
+)
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+GEMM = (4096, 8192, 24576)  # M, K, N of the measured ceiling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     """Times LoRA training steps of a Qwen-shaped model with random weights."""
 
-    config: str = "qwen_72b"  # a file in configs/
-    layers: int | None = None  # default: as many as the config has
-    seq: tuple[int, ...] = (2048,)  # tokens of a sequence; one row of the table for each
-    batch: int = 1  # sequences a step
-    remat: tuple[str, ...] = ("full",)  # levels to compare
-    quantize: str = "nf4"  # none, int8, int4, nf4
+    config: str = "qwen_72b"
+    """a file in configs/"""
+    layers: int | None = None
+    """unset: as many as the config has"""
+    seq: tuple[int, ...] = (2048,)
+    """tokens of a sequence; a row of the table for each"""
+    batch: int = 1
+    """sequences a step"""
+    remat: tuple[str, ...] = ("auto",)
+    """levels to compare"""
+    compute: tuple[str, ...] = ("bf16",)
+    """bf16, fp8"""
+    quantize: str = "nf4"
+    """none, int8, int4, nf4"""
     lora_rank: int = 8
-    lora_target: str = "all"
+    """of all five targets"""
     mesh: str = "1"
-    steps: int = 5  # timed steps, after two that are not
-    toy: bool = False  # a tiny model, for a machine without a GPU
-    profile: str | None = None  # a folder: trace the steps into it and print the longest kernels
-    child: bool = False  # one row in this process, as JSON on the last line
+    """devices"""
+    offload_embedding: bool = False
+    """embedding table in host memory"""
+    device_memory: float | None = None
+    """GB that auto remat may use; unset: what the device has"""
+    steps: int = 5
+    """timed steps, after two that are not"""
+    peer: bool = False
+    """run transformers + bitsandbytes + PEFT beside it"""
+    toy: bool = False
+    """a tiny model, for a machine without a GPU"""
+    profile: str | None = None
+    """a folder: trace two steps into it and print the longest kernels"""
+    child: bool = False
+    """measure one row in this process"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    runtime.configure()
+    args = parse(Args, argv)
+    if args.child:
+        print(json.dumps(measure(args)))
+        return
+    ceiling = 0.0 if args.toy else float(_output("from benchmarks.train import *; print(gemm())"))
+    if ceiling:
+        print(f"bf16 GEMM {'x'.join(map(str, GEMM))}: {ceiling / 1e12:.0f} TFLOP/s")
+    best: dict[int, float] = {}
+    for seq, compute, remat in itertools.product(args.seq, args.compute, args.remat):
+        row = _in_child(args, seq, compute, remat)
+        if row is not None:
+            print(describe(row, ceiling), flush=True)
+            best[seq] = max(best.get(seq, 0.0), row["tokens_per_second"])
+    for seq in args.seq if args.peer else ():
+        peer = _peer(args, seq)
+        if peer and seq in best:
+            print(f"seq {seq:>5}  ours / peer: {best[seq] / peer:.2f}", flush=True)
 
 
 def measure(args: Args) -> dict:
-    """One row: seconds a step, peak memory, compile time."""
-    mesh = make_mesh(parse_mesh(args.mesh))
+    """One row: seconds a step, peak memory beside the plan's, compile time."""
+    sizes = parse_mesh(args.mesh)
+    mesh = make_mesh(sizes)
     name = "qwen_tiny" if args.toy else args.config
     cfg = ModelConfig.from_hf(read_json_object(CONFIGS / f"{name}.json"))
-    if args.layers:
-        cfg = dataclasses.replace(cfg, num_layers=args.layers)
-    dtype = jnp.float32 if args.toy else jnp.bfloat16
-    fmt = QuantFormat.named(args.quantize)
-    seq, remat = args.seq[0], Remat.parse(args.remat[0], cfg.num_layers)
+    cfg = dataclasses.replace(cfg, num_layers=args.layers or cfg.num_layers)
+    dtype = jnp.dtype(jnp.float32 if args.toy else jnp.bfloat16)
+    fmt, (seq,) = QuantFormat.named(args.quantize), args.seq
+    lora_cfg = LoraConfig(rank=args.lora_rank, alpha=2 * args.lora_rank)
+    work = Workload(
+        cfg=cfg,
+        format=fmt,
+        dtype=dtype,
+        lora=lora_cfg,
+        sizes=sizes,
+        rows=max(1, args.batch // (sizes["data"] * sizes["fsdp"])),
+        length=seq,
+        offload_embedding=args.offload_embedding,
+    )
+    limit = device_limit(mesh.devices.flat[0])
+    allowed = int(args.device_memory * 1e9) if args.device_memory else limit
+    (text,) = args.remat
+    remat = work.choose_remat(allowed) if text == "auto" else Remat.parse(text, cfg.num_layers)
+
     began = time.perf_counter()
     params = jax.block_until_ready(init_params(cfg, jax.random.key(0), dtype, fmt, mesh))
+    weights = tree_bytes(params)
     init_seconds = time.perf_counter() - began
-    lora_cfg = LoraConfig(rank=args.lora_rank, alpha=16, targets=tuple(args.lora_target.split(",")))
+    batch = _batch(params, cfg, mesh, args, seq)
     schedule = make_schedule("constant", 1e-4, 100)
     optimizer = make_optimizer(schedule)
     state = init_state(optimizer, init_lora(cfg, lora_cfg, jax.random.key(1), mesh), mesh)
-    tokens = jax.random.randint(jax.random.key(2), (1, args.batch, seq), 0, cfg.vocab_size)
-    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool)}
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    step = compile_step(cfg, optimizer, schedule, state, params, remat=remat, mesh=mesh)
+    how = Compute(remat=remat, products=args.compute[0], mesh=mesh)
+    step = compile_step(cfg, optimizer, schedule, state, params, how)
     began = time.perf_counter()
     compiled = step.lower(state, params, batch).compile()
     compile_seconds = time.perf_counter() - began
-    analysis = compiled.memory_analysis()
-    temporary = getattr(analysis, "temp_size_in_bytes", 0)
     losses = []
     for _ in range(2):
         state, metrics = compiled(state, params, batch)
         losses.append(float(metrics["loss"]))
     seconds = _timed(compiled, state, params, batch, args)
     stats = mesh.devices.flat[0].memory_stats() or {}
-    row = {
-        "layers": cfg.num_layers,
-        "parameters": num_parameters(cfg),
-        "embedding": cfg.vocab_size * cfg.hidden_size,
+    return {
         "seq": seq,
-        "batch": args.batch,
+        "tokens": args.batch * seq,
+        "devices": mesh.size,
+        "compute": args.compute[0],
         "remat": str(remat),
         "seconds": seconds,
-        "tokens_per_second": args.batch * seq / seconds,
+        "useful": 4 * (num_parameters(cfg) - cfg.vocab_size * cfg.hidden_size),
+        "computed": computed_flops(cfg, remat, seq),
         "peak": stats.get("peak_bytes_in_use", 0),
-        "weights": tree_bytes(params),
-        "temporary": temporary,
+        "planned": work.budget(remat).total,
+        "weights": weights,
         "compile_seconds": compile_seconds,
         "init_seconds": init_seconds,
         "losses": losses,
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
     }
-    return row
+
+
+def _batch(params, cfg, mesh, args: Args, seq: int) -> dict[str, jax.Array]:
+    """Random tokens, all trained; with the embedding taken off the device if asked."""
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, args.batch, seq), np.int32)
+    batch = {"tokens": tokens, "loss_mask": np.ones(tokens.shape, bool)}
+    if args.offload_embedding:
+        table = params.pop("wte")
+        batch["embedded"] = np.asarray(table)[tokens]
+        table.delete()
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def _timed(compiled, state, params, batch, args: Args) -> float:
@@ -124,9 +200,23 @@ def _timed(compiled, state, params, batch, args: Args) -> float:
     return seconds
 
 
-def gemm_ceiling() -> float:
+def computed_flops(cfg: ModelConfig, remat: Remat, seq: int) -> float:
+    """FLOP a token that the device computes: products, what remat repeats, causal attention."""
+    D, M, F, L = cfg.hidden_size, cfg.attention_size, cfg.ffn_size, cfg.num_layers
+    layer = 4 * D * M + 3 * D * F
+    total = 4.0 * (L * layer + cfg.vocab_size * D)
+    # The down projection's output is never needed again; the rest is made again unless kept.
+    repeatable = D * (saved_values(cfg, "selective") - M)
+    attention = 2 * seq * M / 2 * 2  # forward, two products, half of the square
+    for count, level in remat.runs:
+        total += count * attention * (3.5 if level != "full" else 4.5)
+        total += count * 2.0 * repeatable * (level in ("full", "attention"))
+    return total
+
+
+def gemm() -> float:
     """FLOP/s of a bf16 product of the model's own kind, on random data."""
-    m, k, n = 4096, 8192, 24576
+    m, k, n = GEMM
     x = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
     w = jax.random.normal(jax.random.key(1), (n, k), jnp.bfloat16)
 
@@ -136,46 +226,36 @@ def gemm_ceiling() -> float:
             y = jax.lax.dot_general(x + total.astype(x.dtype), w, (((1,), (1,)), ((), ())))
             return total + y[0, 0].astype(jnp.float32) * 1e-9
 
-        return jax.lax.fori_loop(0, 20, body, jnp.zeros(()))
+        return jax.lax.fori_loop(0, 100, body, jnp.zeros(()))
 
     jax.block_until_ready(many(x, w))
     began = time.perf_counter()
     jax.block_until_ready(many(x, w))
-    return 20 * 2 * m * k * n / (time.perf_counter() - began)
+    return 100 * 2 * m * k * n / (time.perf_counter() - began)
 
 
 def describe(row: dict, ceiling: float) -> str:
-    useful = 4 * (row["parameters"] - row["embedding"]) * row["tokens_per_second"]
-    share = f"MFU {useful / ceiling:5.1%}  " if ceiling else ""
+    """The row as a line."""
+    rate = row["tokens"] / row["seconds"]
+    line = (
+        f"seq {row['seq']:>5}  {row['compute']:<4} {row['remat']:<26} {row['seconds']:8.4f} s/step "
+        f"{rate:9.1f} tok/s"
+    )
+    if ceiling:
+        per_device = rate / row["devices"] / ceiling
+        line += f"  MFU {row['useful'] * per_device:5.1%} HFU {row['computed'] * per_device:5.1%}"
+    planned, peak = row["planned"], row["peak"]
+    error = f" ({planned / peak - 1:+.1%})" if peak else ""
     return (
-        f"seq {row['seq']:>5}  {row['remat']:<24} {row['seconds']:8.4f} s/step "
-        f"{row['tokens_per_second']:9.1f} tok/s  {share}"
-        f"peak {row['peak'] / 1e9:6.2f} GB (weights {row['weights'] / 1e9:.2f}, temporary "
-        f"{row['temporary'] / 1e9:.2f})  compile {row['compile_seconds']:.1f} s  "
-        f"loss {row['losses'][0]:.3f} {row['losses'][-1]:.3f}"
+        f"{line}  peak {peak / 1e9:6.2f} GB, planned {planned / 1e9:.2f}{error}  weights "
+        f"{row['weights'] / 1e9:.2f} made in {row['init_seconds']:.0f} s  compile "
+        f"{row['compile_seconds']:.1f} s  loss {row['losses'][0]:.3f} {row['losses'][-1]:.3f}  "
+        f"{row['device']}, jax {row['jax']}"
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    runtime.configure()
-    args = parse(Args, argv)
-    if args.child:
-        print(json.dumps(measure(args)))
-        return
-    ceiling = 0.0
-    for seq in args.seq:
-        for remat in args.remat:
-            row = _in_child(args, seq, remat)
-            if row is None:
-                continue
-            if not ceiling and not args.toy:
-                ceiling = float(_ceiling_in_child())
-                print(f"{row['device']}, jax {row['jax']}, GEMM {ceiling / 1e12:.0f} TFLOP/s")
-            print(describe(row, ceiling), flush=True)
-
-
-def _in_child(args: Args, seq: int, remat: str) -> dict | None:
-    one = dataclasses.replace(args, seq=(seq,), remat=(remat,), child=True)
+def _in_child(args: Args, seq: int, compute: str, remat: str) -> dict | None:
+    one = dataclasses.replace(args, seq=(seq,), compute=(compute,), remat=(remat,), child=True)
     flags = [sys.executable, "-m", "benchmarks.train"]
     for field in dataclasses.fields(one):
         value = getattr(one, field.name)
@@ -187,15 +267,25 @@ def _in_child(args: Args, seq: int, remat: str) -> dict | None:
             flags += [f"--{field.name}", str(value)]
     done = subprocess.run(flags, stdout=subprocess.PIPE, text=True)
     *lines, last = done.stdout.splitlines() or [""]
-    print("\n".join(lines), flush=True)
+    print("".join(line + "\n" for line in lines), end="", flush=True)
     if done.returncode:
-        print(f"seq {seq} {remat}: failed with exit {done.returncode} {last}", flush=True)
+        print(f"seq {seq} {compute} {remat}: exit {done.returncode} {last}", flush=True)
         return None
-    return json.loads(last)
+    row = json.loads(last)
+    return {**row, "tokens_per_second": row["tokens"] / row["seconds"]}
 
 
-def _ceiling_in_child() -> str:
-    code = "from benchmarks.train import gemm_ceiling; print(gemm_ceiling())"
+def _peer(args: Args, seq: int) -> float:
+    flags = [sys.executable, "-m", "benchmarks.peer_train", "--config", args.config]
+    flags += ["--seq", str(seq), "--batch", str(args.batch), "--steps", str(args.steps)]
+    flags += ["--layers", str(args.layers)] if args.layers else []
+    done = subprocess.run(flags, stdout=subprocess.PIPE, text=True)
+    *lines, last = done.stdout.splitlines() or ["0"]
+    print("\n".join(lines), flush=True)
+    return float(last) if done.returncode == 0 else 0.0
+
+
+def _output(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     return done.stdout or "0"
 

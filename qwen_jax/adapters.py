@@ -7,7 +7,7 @@ optimizer state need no filters. Orientation is torch's: a is lora_A, b is lora_
 """
 
 import dataclasses
-import json
+import logging
 import math
 import pathlib
 from typing import Any
@@ -15,20 +15,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.errors import InputError, did_you_mean
-from qwen_jax.files import read_json_object, replacing, write_json
+from qwen_jax.errors import InputError, did_you_mean, shown
+from qwen_jax.files import replacing, write_json
 from qwen_jax.params import ParamSpec, leaf_spec, nest, num_parameters, param_table
+from qwen_jax.peft_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PeftConfig,
+    PeftTensors,
+    read_peft_config,
+)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
+_log = logging.getLogger(__name__)
 _FINGERPRINT_KEY = "base_fingerprint"  # in the safetensors metadata, which PEFT ignores
 _PREFIX = "base_model.model."
+# What other families call these layers: recipes are copied, and the nearest name would mislead.
+_ELSEWHERE = {
+    "q_proj": "c_attn",
+    "k_proj": "c_attn",
+    "v_proj": "c_attn",
+    "o_proj": "attn.c_proj",
+    "up_proj": "w1",
+    "gate_proj": "w2",
+    "down_proj": "mlp.c_proj",
+}
 
 
 @struct.dataclass
@@ -73,6 +88,8 @@ def target_specs(cfg: ModelConfig, targets: tuple[str, ...]) -> list[ParamSpec]:
         else:
             known = [*by_name, "all"]
             hint = did_you_mean(target, known)
+            if target in _ELSEWHERE:
+                hint = f"; this model calls it {_ELSEWHERE[target]!r}"
             if target == "c_proj":
                 hint = "; there are two: did you mean attn.c_proj, mlp.c_proj or both?"
             raise InputError(
@@ -201,7 +218,10 @@ def save_peft(
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", _FINGERPRINT_KEY: fingerprint}
     with replacing(folder / ADAPTER_WEIGHTS) as path:
-        safetensors.numpy.save_file(tensors, path, metadata=metadata)
+        try:
+            safetensors.numpy.save_file(tensors, path, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            raise InputError(f"{folder / ADAPTER_WEIGHTS} cannot be written: {error}") from None
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -228,35 +248,37 @@ def load_peft(
 ) -> tuple[Lora, LoraConfig]:
     """Reads a PEFT LoRA adapter of this model: one of ours, or of any other trainer for Qwen v1.
 
-    Raises InputError for an adapter of another kind, of another base (by `fingerprint`, if both
-    sides know it), or with tensors that match nothing, lack a partner or have the wrong shape.
+    Ranks and scales that differ between modules become one: a smaller rank is filled up with
+    zeros, a scale goes into b. Raises InputError for an adapter of another kind, of another base
+    (by `fingerprint`, if both sides know it; an adapter without one is told of), or with tensors
+    that match nothing, lack a partner or have the wrong shape.
     """
-    config = read_json_object(folder / ADAPTER_CONFIG)
-    tensors, metadata = _read_tensors(folder / ADAPTER_WEIGHTS)
-    made_for = metadata.get(_FINGERPRINT_KEY)
-    if fingerprint and made_for and made_for != fingerprint:
-        base = config.get("base_model_name_or_path")
+    folder = pathlib.Path(folder)
+    config, tensors = read_peft_config(folder), PeftTensors(folder)
+    _check_base(folder, config, tensors.metadata.get(_FINGERPRINT_KEY), fingerprint)
+    specs = [
+        spec
+        for spec in param_table(cfg)
+        if spec.lora_target and any((m, side) in tensors for m in _modules(spec) for side in "AB")
+    ]
+    modules = [module for spec in specs for module in _modules(spec)]
+    if not modules and not tensors.left():
+        raise InputError(f"{tensors.path} holds no LoRA tensors: the adapter is empty")
+    rank = max((config.rank_of(module) for module in modules), default=config.rank)
+    leaves = {spec.path: _take_pairs(tensors, spec, config, rank) for spec in specs}
+    if left := tensors.left():
+        names = ", ".join(shown(name) for name in left[:5])
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         raise InputError(
-            f"the adapter in {folder} was made for another base ({base}, fingerprint "
-            f"{made_for[:12]}); this checkpoint has {fingerprint[:12]}: use the base it was "
-            "trained on"
+            f"{tensors.path} has tensors that match nothing in this model: {names}{more}"
         )
-    rank, alpha = _check_config(folder, config)
-    leaves, targets = {}, []
-    for spec in param_table(cfg):
-        if spec.lora_target and (pair := _take_pair(folder, tensors, spec, rank)) is not None:
-            leaves[spec.path] = pair
-            targets.append(spec.lora_target)
-    if tensors:
-        names = sorted(tensors)
-        raise InputError(
-            f"{folder / ADAPTER_WEIGHTS} has {len(names)} tensors that match nothing in this "
-            f"model, such as {names[0]!r}"
-        )
-    if not leaves:
-        raise InputError(f"{folder / ADAPTER_WEIGHTS} holds no LoRA tensors: the adapter is empty")
-    rslora = bool(config.get("use_rslora", False))
-    lora_cfg = LoraConfig(rank=rank, alpha=alpha, targets=tuple(targets), use_rslora=rslora)
+    growth = rank / config.rank  # the padded rank gives the same scale with an alpha grown alike
+    lora_cfg = LoraConfig(
+        rank=rank,
+        alpha=config.alpha * (math.sqrt(growth) if config.use_rslora else growth),
+        targets=tuple(spec.lora_target for spec in specs),
+        use_rslora=config.use_rslora,
+    )
     lora = Lora(weights=nest(leaves), scale=lora_cfg.scale)
     if mesh is None:
         return jax.tree.map(jnp.asarray, lora), lora_cfg
@@ -264,72 +286,63 @@ def load_peft(
     return jax.tree.map(jax.device_put, lora, layouts), lora_cfg
 
 
+def _check_base(
+    folder: pathlib.Path, config: PeftConfig, made_for: str | None, fingerprint: str | None
+) -> None:
+    if not fingerprint:
+        return
+    if not made_for:
+        _log.warning(
+            "the adapter in %s does not say which weights it was trained on (base %s); its shapes "
+            "fit this model, whether its base does cannot be checked",
+            folder,
+            config.base_name,
+        )
+    elif made_for != fingerprint:
+        raise InputError(
+            f"the adapter in {folder} was made for another base ({config.base_name}, fingerprint "
+            f"{shown(made_for[:12])}); this checkpoint has {fingerprint[:12]}: use the base it was "
+            "trained on"
+        )
+
+
+def _modules(spec: ParamSpec) -> list[str]:
+    return [name.rpartition(".")[0] for name in spec.torch_names()]
+
+
+def _common_scale(config: PeftConfig) -> float:
+    """The scale of a module that no pattern names."""
+    return config.alpha / (math.sqrt(config.rank) if config.use_rslora else config.rank)
+
+
+def _take_pairs(
+    tensors: PeftTensors, spec: ParamSpec, config: PeftConfig, rank: int
+) -> dict[str, np.ndarray]:
+    """One target's pairs, stacked: a [L, R, I] and b [L, *O, R]."""
+    O, I = math.prod(spec.out_shape), spec.in_size
+    ranks = [config.rank_of(module) for module in _modules(spec)]
+    missing = []
+    for layer, (module, own) in enumerate(zip(_modules(spec), ranks, strict=True)):
+        for side, shape in (("A", (own, I)), ("B", (O, own))):
+            if (module, side) in tensors:
+                tensors.check((module, side), shape)  # before memory is taken by the config's word
+            elif config.layers is None or layer in config.layers:
+                missing.append(f"{_PREFIX}{module}.lora_{side}.weight")
+    if missing:
+        raise InputError(
+            f"{tensors.path}: the adapter lacks {len(missing)} tensors, such as {missing[0]!r}"
+        )
+    a = np.zeros((spec.layers, rank, I), np.float32)
+    b = np.zeros((spec.layers, O, rank), np.float32)
+    for layer, (module, own) in enumerate(zip(_modules(spec), ranks, strict=True)):
+        if (module, "A") in tensors and (module, "B") in tensors:
+            factor = np.float32(config.scale_of(module) / _common_scale(config))
+            a[layer, :own] = tensors.take((module, "A"))
+            b[layer, :, :own] = tensors.take((module, "B")) * factor
+    return {"a": a, "b": b.reshape(spec.layers, *spec.out_shape, rank)}
+
+
 def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree[name]
     return tree
-
-
-def _read_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    if not path.is_file():
-        hint = " (a pickle .bin is never read)" if path.with_suffix(".bin").exists() else ""
-        raise InputError(f"{path} does not exist{hint}; an adapter folder needs it")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (safetensors.SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _check_config(folder: pathlib.Path, config: dict[str, Any]) -> tuple[int, float]:
-    """Returns rank and alpha; refuses what would change the result and is not implemented."""
-    where = folder / ADAPTER_CONFIG
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{where}: peft_type {config.get('peft_type')!r}; only LORA is supported")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
-        if config.get(key):
-            raise InputError(f"{where}: {key} is {json.dumps(config[key])}; that is not supported")
-    if config.get("bias", "none") != "none":
-        raise InputError(f"{where}: bias {config['bias']!r}; only 'none' is supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InputError(f"{where}: r is {rank!r}; expected a whole number over 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise InputError(f"{where}: lora_alpha is {alpha!r}; expected a number over 0")
-    return rank, float(alpha)
-
-
-def _take_pair(
-    folder: pathlib.Path, tensors: dict[str, np.ndarray], spec: ParamSpec, rank: int
-) -> dict[str, np.ndarray] | None:
-    """Removes one target's tensors from `tensors` and stacks them; None if it has none at all."""
-    shapes = {"A": (rank, spec.in_size), "B": (math.prod(spec.out_shape), rank)}
-    found: dict[str, list[np.ndarray]] = {"A": [], "B": []}
-    missing = []
-    for name in spec.torch_names():
-        module = _PREFIX + name.rpartition(".")[0]
-        for side, shape in shapes.items():
-            tensor = tensors.pop(f"{module}.lora_{side}.weight", None)
-            if tensor is None:
-                # Older PEFT versions kept the adapter's name inside the key.
-                tensor = tensors.pop(f"{module}.lora_{side}.default.weight", None)
-            if tensor is None:
-                missing.append(f"{module}.lora_{side}.weight")
-                continue
-            if tensor.shape != shape or tensor.dtype.kind not in "fV":
-                raise InputError(
-                    f"{folder}: {module}.lora_{side}.weight is {tensor.dtype} {tensor.shape}; this "
-                    f"model and rank {rank} need a float {shape}"
-                )
-            found[side].append(tensor.astype(np.float32))
-    if not found["A"] and not found["B"]:
-        return None
-    if missing:
-        raise InputError(
-            f"{folder}: the adapter lacks {len(missing)} tensors, such as {missing[0]!r}"
-        )
-    return {
-        "a": np.stack(found["A"]),
-        "b": np.stack(found["B"]).reshape(spec.layers, *spec.out_shape, rank),
-    }

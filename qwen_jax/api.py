@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from qwen_jax import chatml, generation_config
+from qwen_jax import chatml, generation_config, packed
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, load_peft
 from qwen_jax.checkpoint import DTYPES, Manifest, load_manifest, load_params
@@ -28,7 +28,7 @@ from qwen_jax.engine import Engine, check_ids, padded_rows
 from qwen_jax.errors import InputError
 from qwen_jax.generation_config import GenerationDefaults
 from qwen_jax.sampling import SamplingParams
-from qwen_jax.sharding import describe_mesh, make_mesh, parse_mesh
+from qwen_jax.sharding import check_tensor_axis, make_mesh, parse_mesh
 from qwen_jax.tokenizer import RANKS_FILE, Tokenizer
 
 
@@ -61,6 +61,8 @@ def load(
             mesh=device_mesh,
         )
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
+    if packed.pays(params, lora, device_mesh):
+        params = packed.pack_params(params, consume=True)
     return Model(path, manifest, params, lora, device_mesh, defaults, warnings)
 
 
@@ -78,13 +80,7 @@ def mesh_sizes(mesh: str | int | Mapping[str, int], cfg: ModelConfig) -> dict[st
     if text.strip().isdigit():
         split = math.gcd(tensor, cfg.num_heads, cfg.ffn_size)
         return sizes | {"tensor": split, "fsdp": tensor // split}
-    if cfg.num_heads % tensor or cfg.ffn_size % tensor:
-        largest = math.gcd(tensor, cfg.num_heads, cfg.ffn_size)
-        raise InputError(
-            f"--mesh {describe_mesh(sizes)}: tensor={tensor} must divide the {cfg.num_heads} heads "
-            f"and {cfg.ffn_size} FFN columns of this model; use tensor={largest} and give the "
-            "other devices to fsdp or data"
-        )
+    check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
     return sizes
 
 
@@ -120,13 +116,7 @@ class Model:
                 f"{self.path} has no {RANKS_FILE}: text needs a tokenizer; copy the file that is "
                 "published with the model into the checkpoint, or work with token ids"
             )
-        tokenizer = Tokenizer.from_dir(self.path)
-        if tokenizer.n_vocab > self.config.vocab_size:
-            raise InputError(
-                f"{self.path / RANKS_FILE} has {tokenizer.n_vocab} tokens, the model only "
-                f"{self.config.vocab_size} rows for them; it belongs to another model"
-            )
-        return tokenizer
+        return Tokenizer.from_dir(self.path, self.config.vocab_size)
 
     @functools.cached_property
     def engine(self) -> Engine:
@@ -149,6 +139,8 @@ class Model:
         B = len(rows)
         rows += [rows[0]] * (padded_rows(B, self.mesh) - B)
         tokens = jnp.asarray(np.stack(rows))
+        if packed.is_packed(self.params):
+            return packed.logits(self.config, self.params, tokens)[:B]
         return decoder.logits(self.config, self.params, self.lora, tokens, mesh=self.mesh)[:B]
 
     def generate(

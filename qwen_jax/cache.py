@@ -2,7 +2,12 @@
 
 Rows are right-padded: slot s of row b holds position s. Slots past a row's length hold leftovers
 that no query sees and that later tokens overwrite. It knows nothing of weights or sampling.
+
+With dtype int8 each key and each value of a head has one scale, absmax / 127, and takes half the
+memory (130 bytes instead of 256 for a head of 128).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.quant import quantize_heads
 from qwen_jax.sharding import partition_spec
 
 
@@ -19,6 +25,8 @@ class KVCache:
     v: jax.Array  # [L, B, S, N, H]
     lengths: jax.Array  # int32 [B]: filled slots, the position of the next token
     ntk: jax.Array  # int32 [B]: row of the rope table, fixed at prefill (see model.rope_table)
+    k_scale: jax.Array | None = None  # bfloat16 [L, B, S, N] if k and v are int8
+    v_scale: jax.Array | None = None
 
     @property
     def capacity(self) -> int:
@@ -38,30 +46,80 @@ def abstract_cache(
         row_sharding = NamedSharding(mesh, PartitionSpec(kv_spec[1]))
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=row_sharding)
     kv = jax.ShapeDtypeStruct(shape, dtype, sharding=kv_sharding)
-    return KVCache(k=kv, v=kv, lengths=rows, ntk=rows)
+    if dtype != jnp.int8:
+        return KVCache(k=kv, v=kv, lengths=rows, ntk=rows)
+    scale_sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(*kv_spec[:-1]))
+    scale = jax.ShapeDtypeStruct(shape[:-1], jnp.bfloat16, sharding=scale_sharding)
+    return KVCache(k=kv, v=kv, lengths=rows, ntk=rows, k_scale=scale, v_scale=scale)
 
 
+@functools.partial(jax.jit, static_argnums=range(5))
 def init_cache(
     cfg: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens."""
     abstract = abstract_cache(cfg, batch, capacity, dtype, mesh)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract),
-        out_shardings=None if mesh is None else jax.tree.map(lambda x: x.sharding, abstract),
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+    if mesh is None:
+        return cache
+    layouts = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.lax.with_sharding_constraint(cache, layouts)
+
+
+def write(
+    cache: KVCache,
+    layer: jax.Array,  # int32 []
+    k: jax.Array,  # [B, T, N, H]
+    v: jax.Array,  # [B, T, N, H]
+) -> KVCache:
+    """Puts T new keys and values of one layer behind each row's filled slots, in place.
+
+    Lengths stay: they grow once, after the last layer.
+    """
+    if cache.k_scale is None:
+        return cache.replace(
+            k=_append(cache.k, k, layer, cache.lengths), v=_append(cache.v, v, layer, cache.lengths)
+        )
+    (k, k_scale), (v, v_scale) = quantize_heads(k), quantize_heads(v)
+    return cache.replace(
+        k=_append(cache.k, k, layer, cache.lengths),
+        v=_append(cache.v, v, layer, cache.lengths),
+        k_scale=_append(cache.k_scale, k_scale, layer, cache.lengths),
+        v_scale=_append(cache.v_scale, v_scale, layer, cache.lengths),
     )
-    return make()
 
 
-def append(
-    stack: jax.Array,  # [L, B, S, N, H]
-    new: jax.Array,  # [B, T, N, H]
+def read(
+    cache: KVCache,
+    layer: jax.Array,  # int32 []
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array]:  # k, v [B, S, N, H]
+    """All slots of one layer, filled or not."""
+
+    def one(stack: jax.Array, scale: jax.Array | None) -> jax.Array:
+        x = jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
+        if scale is None:
+            return x.astype(dtype)
+        scale = jax.lax.dynamic_index_in_dim(scale, layer, 0, keepdims=False)
+        return (x.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]).astype(dtype)
+
+    return one(cache.k, cache.k_scale), one(cache.v, cache.v_scale)
+
+
+def _append(
+    stack: jax.Array,  # [L, B, S, ...]
+    new: jax.Array,  # [B, T, ...]
     layer: jax.Array,  # int32 []
     start: jax.Array,  # int32 [B]
 ) -> jax.Array:
-    """Writes T new keys or values of one layer, row b from slot start[b] on, in place."""
-    T = new.shape[1]
+    B, T = new.shape[:2]
+    new = new.astype(stack.dtype)
+    if B == T == 1:
+        # One window: XLA makes it in the fusion that computes it. A full row is past its end and
+        # may overwrite its last slot, which nothing reads any more.
+        zeros = (0,) * (new.ndim - 2)
+        return jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, start[0], *zeros))
     # Rows differ in length, so this is a scatter of one window a row; out-of-range slots drop.
-    rows = jnp.arange(new.shape[0])[:, None]
+    rows = jnp.arange(B)[:, None]
     slots = start[:, None] + jnp.arange(T)
-    return stack.at[layer, rows, slots].set(new.astype(stack.dtype), mode="drop")
+    return stack.at[layer, rows, slots].set(new, mode="drop")

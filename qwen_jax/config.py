@@ -9,7 +9,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.errors import InputError, did_you_mean, shown
 from qwen_jax.files import read_json_object
 
 # Our field -> key in config.json, with the name that older Qwen revisions used.
@@ -101,6 +101,7 @@ _COUNTS = (
     "ffn_size",
     "seq_length",
 )
+_MOST_LAYERS = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,8 @@ class ModelConfig:
     def __post_init__(self):
         for name in _COUNTS:
             self._check_positive(name)
+        if self.num_layers >= _MOST_LAYERS:  # every layer has names, which are made before any file
+            raise InputError(f"num_layers is {self.num_layers}; expected under {_MOST_LAYERS}")
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: rotary embedding needs an even size")
         if not (self.rope_base > 1 and self.norm_eps > 0):
@@ -133,7 +136,7 @@ class ModelConfig:
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise InputError(f"{name} is {value!r}: a whole number over 0 is expected")
+            raise InputError(f"{name} is {shown(value)}: a whole number over 0 is expected")
 
     @property
     def attention_size(self) -> int:
@@ -169,8 +172,9 @@ class ModelConfig:
         types = {f.name: f.type for f in dataclasses.fields(cls)}
         for field, keys in _FIELDS.items():
             found = {key: hf[key] for key in keys if hf.get(key) is not None}
-            if len(set(found.values())) > 1:
-                raise InputError(f"config.json contradicts itself: {found} should be one value")
+            if any(value != first for value in found.values() for first in found.values()):
+                both = ", ".join(f"{key} {shown(value)}" for key, value in found.items())
+                raise InputError(f"config.json contradicts itself: {both} should be one value")
             if found:
                 key, value = next(iter(found.items()))
                 values[field] = _typed(key, value, types[field])
@@ -186,7 +190,7 @@ class ModelConfig:
             if field not in values:
                 raise InputError(f"config.json lacks {_FIELDS[field][0]}")
         if "head_dim" not in values:
-            values["head_dim"] = values["hidden_size"] // values["num_heads"]
+            values["head_dim"] = values["hidden_size"] // max(values["num_heads"], 1)
         return cls(**values)
 
 
@@ -195,9 +199,10 @@ def _check_family(hf: dict[str, Any]) -> None:
     if "visual" in hf:
         raise InputError("this is Qwen-VL (config.json has 'visual'); only text models are covered")
     if model_type != "qwen":
-        family = _OTHER_FAMILIES.get(str(model_type), str(model_type))
+        family = _OTHER_FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        known = f", that is {family}" if family else ""
         raise InputError(
-            f"model_type is {model_type!r}, that is {family}, not the original Qwen (v1): "
+            f"model_type is {shown(model_type)}{known}, not the original Qwen (v1): "
             "expected model_type 'qwen'; newer families run in their own maintained projects"
         )
 
@@ -206,10 +211,14 @@ def _check_keys(hf: dict[str, Any]) -> None:
     known = {key for keys in _FIELDS.values() for key in keys} | set(_REQUIRED_VALUES) | _IGNORED
     for key in hf:
         if key not in known:
-            raise InputError(f"config.json has the unknown key {key!r}{did_you_mean(key, known)}")
+            raise InputError(
+                f"config.json has the unknown key {shown(key)}{did_you_mean(key, known)}"
+            )
     for key, wanted in _REQUIRED_VALUES.items():
         if key in hf and hf[key] is not None and hf[key] != wanted:
-            raise InputError(f"config.json has {key} {hf[key]!r}; only {wanted!r} is implemented")
+            raise InputError(
+                f"config.json has {key} {shown(hf[key])}; only {wanted!r} is implemented"
+            )
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
@@ -218,11 +227,11 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     if kind is bool:
         good = is_bool
     elif kind is float:
-        good = isinstance(value, int | float) and not is_bool
+        good = isinstance(value, int | float) and not is_bool and -1e30 < value < 1e30
     else:
         good = isinstance(value, int) and not is_bool
     if not good:
-        raise InputError(f"config.json has {key} {value!r}; expected {kind.__name__}")
+        raise InputError(f"config.json has {key} {shown(value)}; expected {kind.__name__}")
     return kind(value)
 
 

@@ -3,69 +3,38 @@
     prompts -> right-padded to a bucket -> prefill (and each row's first token)
             -> decode, BLOCK tokens a dispatch, until every row is done -> ids
 
+One dispatch runs ahead: the host reads a block while the device computes the next one, which stops
+at once if it turns out that every row was done.
+
 Prompt length, rows and cache capacity are rounded up to buckets, so few programs are compiled;
 the cache is donated from dispatch to dispatch and grows when it is full, so that a large
 max_new_tokens costs memory only as it is used. It knows no tokenizer, no text and no file.
 """
 
-import functools
 import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
+from qwen_jax import packed
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, abstract_cache, init_cache
+from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
+from qwen_jax.drafts import Text, remember
 from qwen_jax.errors import InputError
-from qwen_jax.model import Params, forward, unembed
-from qwen_jax.sampling import (
-    RowParams,
-    SamplingParams,
-    mask_padded_vocab,
-    row_keys,
-    row_params,
-    sample,
-    seen_in_prompt,
-    step_keys,
-    update_seen,
-)
-from qwen_jax.sharding import constrain
+from qwen_jax.model import Params
+from qwen_jax.sampling import SamplingParams, row_keys, row_params
+from qwen_jax.steps import BLOCK, NOTHING, Requests, decode, draft, grow, prefill
 
-# Tokens a row that one dispatch decodes: enough to hide the host, few enough to stream smoothly.
-BLOCK = 8
 _SMALLEST_BUCKET = 64
 # Doubling wastes memory in a long cache; from here on capacity grows in steps of this.
 _CAPACITY_STEP = 1024
 # New tokens for which the first cache has room.
-_FIRST_ROOM = 512
-# Stands in a block where a row has no more tokens.
-_NOTHING = -1
-
-
-@struct.dataclass
-class DecodeState:
-    """What goes from one dispatch to the next."""
-
-    cache: KVCache
-    token: jax.Array  # int32 [B]: chosen, not yet in the cache
-    seen: jax.Array  # bool [B, V]: tokens of prompt and answer
-    steps: jax.Array  # int32 [B]: tokens chosen so far
-    done: jax.Array  # bool [B]
-
-
-@struct.dataclass
-class Requests:
-    """What stays the same for all tokens of a batch."""
-
-    rows: RowParams
-    keys: jax.Array  # [B] typed keys
-    limits: jax.Array  # int32 [B]: tokens wanted; 0 for a row that only fills the batch
-    stops: jax.Array  # int32 [number of stop ids]
+FIRST_ROOM = 512
 
 
 class Engine:
@@ -73,6 +42,9 @@ class Engine:
 
     n_vocab   ids from here on stand for no token and are never drawn; default cfg.vocab_size
     stop_ids  ids that end an answer; they are not part of it
+    cache_dtype  of keys and values: int8 halves their memory; default that of the embedding
+    drafts    tokens guessed ahead from the text so far where one prompt is alone (drafts.py); the
+              answer is the same, sooner where the text repeats itself
     """
 
     def __init__(
@@ -83,8 +55,14 @@ class Engine:
         mesh: Mesh | None = None,
         n_vocab: int | None = None,
         stop_ids: Collection[int] = frozenset(),
+        cache_dtype: Any = None,
+        drafts: int = 0,
     ):
         self.cfg, self.params, self.lora, self.mesh = cfg, params, lora, mesh
+        self.cache_dtype = params["wte"].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
+        if packed.is_packed(params) and (lora is not None or (mesh is not None and mesh.size > 1)):
+            raise InputError("packed weights run without an adapter and on one device")
+        self.drafts = drafts
         self.n_vocab = cfg.vocab_size if n_vocab is None else n_vocab
         self.stop_ids = frozenset(stop_ids)
         if not 0 < self.n_vocab <= cfg.vocab_size:
@@ -109,22 +87,22 @@ class Engine:
         answers: list[list[int]] = [[] for _ in prompts]
         if not prompts:
             return answers
-        for block in self._blocks(self._check(prompts), params):
+        for block in self._blocks(self.check(prompts), params):
             for answer, ids in zip(answers, block, strict=False):
-                answer.extend(ids[ids != _NOTHING].tolist())
+                answer.extend(ids[ids != NOTHING].tolist())
         return answers
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """The ids that `generate` gives for one prompt, as each dispatch brings them."""
-        prompts = self._check([prompt])  # here, not at the first id
+        prompts = self.check([prompt])  # here, not at the first id
 
         def ids() -> Iterator[int]:
             for block in self._blocks(prompts, [params]):
-                yield from block[0][block[0] != _NOTHING].tolist()
+                yield from block[0][block[0] != NOTHING].tolist()
 
         return ids()
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def check(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         return [
             check_ids(prompt, self.n_vocab, f"prompt {number}")
             for number, prompt in enumerate(prompts, start=1)
@@ -132,32 +110,44 @@ class Engine:
 
     def _blocks(
         self, prompts: list[np.ndarray], params: list[SamplingParams]
-    ) -> Iterator[np.ndarray]:  # int32 [B, tokens], _NOTHING where a row has none
+    ) -> Iterator[np.ndarray]:  # int32 [B, tokens], NOTHING where a row has none
         """Runs the batch, block by block."""
-        tokens, counts = self._pad(prompts)
+        tokens, counts = self.pad(prompts)
         B, longest = len(tokens), int(counts.max())
-        requests = self._requests(params, B)
+        requests = self.requests(params, B)
         most = max(p.max_new_tokens for p in params)
-        capacity = _capacity(longest + min(most, _FIRST_ROOM))
-        cache = init_cache(self.cfg, B, capacity, self.params["wte"].dtype, self.mesh)
+        capacity = round_capacity(longest + min(most, FIRST_ROOM))
+        cache = init_cache(self.cfg, B, capacity, self.cache_dtype, self.mesh)
         fixed = (self.cfg, self.mesh, self.n_vocab, self.params, self.lora, requests)
-        state, block = _prefill(*fixed, cache, tokens, counts)
-        filled = longest
-        while True:
-            done = np.asarray(state.done)  # read now: the next dispatch takes the buffer
-            yield np.asarray(block)
-            if done.all():
-                return
+        state, block, done = prefill(*fixed, cache, tokens, counts)
+        drafts = self.drafts if B == 1 else 0
+        text = _text(tokens, counts, state.token, capacity) if drafts else None
+        width = BLOCK * (drafts + 1)  # most tokens of a dispatch
+        known, ahead = longest, 1  # tokens that the host knows of, and those it has yet to read
+        # Without drafts the host can tell which dispatch is the last one.
+        while drafts or known + ahead < longest + most:
             # The last room need not hold a whole block: rows that reach their limit stop writing.
-            if min(filled + BLOCK, longest + most) > state.cache.capacity:
-                capacity = _capacity(
-                    min(2 * state.cache.capacity, state.cache.capacity + _CAPACITY_STEP)
+            room = min(known + ahead + width, longest + most) + drafts
+            if room > state.cache.capacity:
+                capacity = round_capacity(max(room, min(2 * capacity, capacity + _CAPACITY_STEP)))
+                state = state.replace(cache=grow(self.cfg, self.mesh, state.cache, capacity))
+            if drafts:
+                more = capacity - text.tokens.shape[1]
+                text = text.replace(tokens=jnp.pad(text.tokens, [(0, 0), (0, more)]))
+                state, text, next_block, next_done = draft(
+                    *fixed[:3], drafts, *fixed[3:], state, text
                 )
-                state = state.replace(cache=_grow(self.cfg, self.mesh, state.cache, capacity))
-            state, block = _decode(*fixed, state)
-            filled += BLOCK
+            else:
+                state, next_block, next_done = decode(*fixed, state)
+            ids = np.asarray(block)
+            yield ids
+            if np.asarray(done).all():
+                return
+            known += int((ids != NOTHING).sum(axis=1).max()) if drafts else ahead
+            block, done, ahead = next_block, next_done, width
+        yield np.asarray(block)
 
-    def _pad(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def pad(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """tokens int32 [B, T] and counts int32 [B]; extra rows hold one token and are ignored."""
         B = padded_rows(_power_of_two(len(prompts)), self.mesh)
         T = max(_SMALLEST_BUCKET, _power_of_two(max(map(len, prompts))))
@@ -166,7 +156,7 @@ class Engine:
             tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
         return tokens, counts
 
-    def _requests(self, params: list[SamplingParams], B: int) -> Requests:
+    def requests(self, params: list[SamplingParams], B: int) -> Requests:
         limits = [p.max_new_tokens for p in params] + [0] * (B - len(params))
         params = params + [SamplingParams(greedy=True)] * (B - len(params))
         return Requests(
@@ -202,110 +192,20 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _capacity(n: int) -> int:
+def round_capacity(n: int) -> int:
     if n <= _CAPACITY_STEP:
         return max(_SMALLEST_BUCKET, _power_of_two(n))
     return math.ceil(n / _CAPACITY_STEP) * _CAPACITY_STEP
 
 
-def _pin(cfg: ModelConfig, mesh: Mesh | None, state: DecodeState) -> DecodeState:
-    """Fixes the layouts between dispatches: a layout that changed would compile a second time."""
-    if mesh is None or mesh.size == 1:
-        return state
-    _, B, S, _, _ = state.cache.k.shape
-    abstract = abstract_cache(cfg, B, S, state.cache.k.dtype, mesh)
-    layouts = jax.tree.map(lambda x: x.sharding, abstract)
-    cache = jax.lax.with_sharding_constraint(state.cache, layouts)
-    rest = jax.tree.map(
-        lambda x: constrain(x, mesh, PartitionSpec()),
-        (state.token, state.seen, state.steps, state.done),
-    )
-    return DecodeState(cache, *rest)
-
-
-def _choose(
-    params: Params,
-    mesh: Mesh | None,
-    n_vocab: int,
-    requests: Requests,
-    hidden: jax.Array,  # [B, D]
-    cache: KVCache,
-    seen: jax.Array,  # bool [B, V]
-    steps: jax.Array,  # int32 [B]
-    done: jax.Array,  # bool [B]
-) -> tuple[DecodeState, jax.Array]:
-    """Draws the next token of each row; second: the tokens to hand out, int32 [B]."""
-    # Joined before sampling: sorts and random bits of a split vocabulary cost more than 0.6 MB a
-    # row, and every device must draw the same token.
-    logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
-    logits = mask_padded_vocab(logits, n_vocab)
-    token = sample(logits, seen, requests.rows, step_keys(requests.keys, steps))
-    stopped = jnp.any(token[:, None] == requests.stops, axis=1)
-    out = jnp.where(done | stopped, _NOTHING, token)
-    steps = steps + 1
-    state = DecodeState(
-        cache=cache,
-        token=token,
-        seen=update_seen(seen, token),
-        steps=steps,
-        done=done | stopped | (steps >= requests.limits),
-    )
-    return state, out
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="cache")
-def _prefill(
-    cfg: ModelConfig,
-    mesh: Mesh | None,
-    n_vocab: int,
-    params: Params,
-    lora: Lora | None,
-    requests: Requests,
-    cache: KVCache,
-    tokens: jax.Array,  # int32 [B, T], right-padded
-    counts: jax.Array,  # int32 [B]
-) -> tuple[DecodeState, jax.Array]:  # and the first tokens, int32 [B, 1]
-    B, T = tokens.shape
-    hidden, cache = forward(cfg, params, lora, tokens, cache, counts=counts, mesh=mesh)
-    last = hidden[jnp.arange(B), counts - 1]  # only these rows meet the V x D head
-    seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
-    steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
-    state, out = _choose(params, mesh, n_vocab, requests, last, cache, seen, steps, done)
-    return _pin(cfg, mesh, state), out[:, None]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
-def _decode(
-    cfg: ModelConfig,
-    mesh: Mesh | None,
-    n_vocab: int,
-    params: Params,
-    lora: Lora | None,
-    requests: Requests,
-    state: DecodeState,
-) -> tuple[DecodeState, jax.Array]:  # and the next tokens, int32 [B, BLOCK]
-    def step(state: DecodeState, _):
-        # A row that is done stays where it is: its one slot is overwritten, its cache never fills.
-        counts = 1 - state.done.astype(jnp.int32)
-        hidden, cache = forward(
-            cfg, params, lora, state.token[:, None], state.cache, counts=counts, mesh=mesh
-        )
-        state, out = _choose(
-            params, mesh, n_vocab, requests,
-            hidden[:, 0], cache, state.seen, state.steps, state.done,
-        )  # fmt: skip
-        return _pin(cfg, mesh, state), out
-
-    state, out = jax.lax.scan(step, state, None, length=BLOCK)
-    return state, out.T
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 3))
-def _grow(cfg: ModelConfig, mesh: Mesh | None, cache: KVCache, capacity: int) -> KVCache:
-    """The same cache with room for `capacity` tokens."""
-    room = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0), (0, 0)]
-    cache = cache.replace(k=jnp.pad(cache.k, room), v=jnp.pad(cache.v, room))
-    if mesh is None or mesh.size == 1:
-        return cache
-    abstract = abstract_cache(cfg, cache.k.shape[1], capacity, cache.k.dtype, mesh)
-    return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda x: x.sharding, abstract))
+def _text(
+    tokens: np.ndarray,  # int32 [B, T], right-padded
+    counts: np.ndarray,  # int32 [B]
+    first: jax.Array,  # int32 [B]: the first tokens of the answers
+    capacity: int,
+) -> Text:
+    """The text so far, with room for `capacity` tokens."""
+    tokens = tokens[:, :capacity]
+    room = np.pad(tokens, [(0, 0), (0, capacity - tokens.shape[1])])
+    one = jnp.ones(counts.shape, jnp.int32)
+    return remember(Text.of(jnp.asarray(room)), jnp.asarray(counts), first[:, None], one)

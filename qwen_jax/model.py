@@ -18,14 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, append
+from qwen_jax.cache import KVCache, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.kernels.low_rank import expand, shrink
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
-from qwen_jax.quant import QTensor, QuantFormat
-from qwen_jax.remat import DOWN, GATE, LOW, QKV, RESIDUAL, UP, WEIGHT, WO, Remat, checkpointed
+from qwen_jax.quant import Layer, QTensor, QuantFormat
+from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain
 
 Params = dict[str, Any]
@@ -92,36 +91,47 @@ def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
     return jnp.where(positions >= cfg.seq_length, factor, 1.0)[:, :, None, None]
 
 
+def shrink(
+    x: jax.Array,  # [..., I]
+    pairs: list[Params],  # each with a [R, I]
+) -> list[jax.Array]:  # each [..., R]
+    """The narrow halves of LoRA for all weights that read the same x, as one product."""
+    a = jnp.concatenate([pair["a"] for pair in pairs])
+    low = jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))
+    return jnp.split(low, len(pairs), axis=-1)
+
+
 def linear(
     x: jax.Array,  # [..., I]
     w: Weight,  # [*O, I]
-    low_rank: dict[str, jax.Array] | None,  # a [R, I], b [R, *O] in x's dtype
-    scale: float,
-    name: str,  # what remat calls the product with the frozen weight
+    pair: Params | None = None,  # LoRA as `lora_layers` gives it: a [R, I], b [R, *O]
+    low: jax.Array | None = None,  # [..., R]: LoRA's narrow half, if it was made already
+    compute: str = "bf16",  # or "fp8" for the product with the frozen weight
 ) -> jax.Array:  # [..., *O]
-    """The frozen weight, plus the low-rank correction if there is one.
-
-    What a layer keeps for its backward pass is the bare product: the correction is cheap to make
-    again from R values a token, and the GEMM can then write to where the product is kept.
-    """
-    y = checkpoint_name(qmatmul(x, w), name)
-    if low_rank is None:
+    """The frozen weight, plus the low-rank correction if there is one."""
+    y = qmatmul(x, w, compute)
+    if pair is None:
         return y
-    low = checkpoint_name(shrink(x, low_rank["a"]) * scale, LOW)
-    return y + expand(low, low_rank["b"])
+    if low is None:
+        (low,) = shrink(x, [pair])
+    return y + jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
 
 
-def mlp_block(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
+def mlp_block(x: jax.Array, w: Params, lora: Params, linear=linear) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up = linear(x, w["up"], lora.get("up"), scale, UP)
-        gate = linear(x, w["gate"], lora.get("gate"), scale, GATE)
-        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"), scale, DOWN)
+        low_up = low_gate = None
+        if "up" in lora and "gate" in lora:
+            low_up, low_gate = shrink(x, [lora["up"], lora["gate"]])
+        up = checkpoint_name(linear(x, w["up"], lora.get("up"), low_up), UP)
+        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), low_gate), GATE)
+        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"))
 
 
-def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project_qkv(x, w, lora, angles, logn, linear=linear) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = linear(x, w["wqkv"], lora.get("wqkv"), scale, QKV) + w["bqkv"]  # [B, T, 3, N, H]
+    qkv = checkpoint_name(linear(x, w["wqkv"], lora.get("wqkv")), QKV)  # [B, T, 3, N, H]
+    qkv = qkv + w["bqkv"]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -129,9 +139,9 @@ def project_qkv(cfg, x, w, lora, scale, angles, logn) -> tuple[jax.Array, jax.Ar
     return q, k, v
 
 
-def project_out(x: jax.Array, w: Params, lora: Params, scale: float) -> jax.Array:
+def project_out(x: jax.Array, w: Params, lora: Params, linear=linear) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"), scale, WO)
+    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"))
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -151,27 +161,43 @@ def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
     return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
 
 
-def _layer_weights(layers: Params, index: jax.Array) -> Params:
+def _layer_weights(layers: Params, index: jax.Array, mesh: Mesh | None) -> Params:
     """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
-    layers would first be copied out of the stacks, gigabytes of it."""
+    layers would first be copied out of the stacks, gigabytes of it.
 
-    def one(stack: jax.Array) -> jax.Array:
+    On one device quantized weights stay where they are, for the kernel that reads them there.
+    """
+
+    def cut(stack: jax.Array) -> jax.Array:
         w = jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
         return checkpoint_name(w, WEIGHT)
 
-    return jax.tree.map(one, layers)
+    def one(stack: jax.Array | QTensor) -> Weight:
+        if isinstance(stack, QTensor) and (mesh is None or mesh.size == 1):
+            return Layer(stack=stack, index=index)
+        return jax.tree.map(cut, stack)
+
+    return jax.tree.map(one, layers, is_leaf=lambda w: isinstance(w, QTensor))
 
 
-def _lora_layers(lora: Lora | None, dtype: jnp.dtype) -> tuple[Params, float]:
-    """The stacks in the compute dtype, b as [L, R, *O] with its outputs contiguous: cast and turned
-    once for all layers, not in each."""
+def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
+    """The stacks as a layer uses them, a [L, R, I] and b [L, R, *O] in the compute dtype.
+
+    Once for all layers, not in each, b gets its outputs contiguous and takes in the scale: what is
+    left of LoRA is then a bare sum of two products, which XLA can accumulate in one GEMM.
+    """
     if lora is None:
-        return {}, 0.0
-    layers = jax.tree.map(lambda x: x.astype(dtype), lora.weights.get("layers", {}))
-    for block in layers.values():
-        for pair in block.values():
-            pair["b"] = jnp.moveaxis(pair["b"], -1, 1)
-    return layers, lora.scale
+        return {}
+    layers: Params = {}
+    for block, pairs in lora.weights.get("layers", {}).items():
+        layers[block] = {
+            name: {
+                "a": pair["a"].astype(dtype),
+                "b": jnp.moveaxis(pair["b"] * lora.scale, -1, 1).astype(dtype),
+            }
+            for name, pair in pairs.items()
+        }
+    return layers
 
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -188,20 +214,20 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return jax.lax.dot_general(hidden, head, dims, preferred_element_type=jnp.float32)
 
 
-def decoder_layer(cfg, x, w, low, scale, angles, logn, attend):
+def decoder_layer(cfg, x, w, low, angles, logn, attend, linear=linear):
     """One layer: x [B, T, D] -> x and whatever `attend(q, k, v) -> (y, kept)` keeps.
 
     w and low are this layer's weights and LoRA pairs; `attend` is the only thing in which a layer
-    with a cache differs from one without.
+    with a cache differs from one without, `linear` that in which training in fp8 differs.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
     y = rms_norm(x, w["ln_1"], cfg.norm_eps)
-    q, k, v = project_qkv(cfg, y, w["attn"], low_attn, scale, angles, logn)
+    q, k, v = project_qkv(y, w["attn"], low_attn, angles, logn, linear)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)
-    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, scale), RESIDUAL)
+    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, linear), RESIDUAL)
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
-    return x + mlp_block(y, w["mlp"], low_mlp, scale), kept
+    return x + mlp_block(y, w["mlp"], low_mlp, linear), kept
 
 
 def hidden_states(
@@ -213,7 +239,9 @@ def hidden_states(
     positions: jax.Array | None = None,  # int32 [B, T]; default 0..T-1
     segments: jax.Array | None = None,  # int32 [B, T]: packed sequences do not see each other
     lengths: jax.Array | None = None,  # int32 [B]: inference with dynamic NTK and logn
+    embedded: jax.Array | None = None,  # [B, T, D]: the embedding, if it was looked up already
     remat: Remat | None = None,  # what the backward pass keeps; None: no gradient is wanted
+    compute: str = "bf16",  # "fp8": products with frozen weights in e4m3
     mesh: Mesh | None = None,
 ) -> jax.Array:  # [B, T, D], after the final norm
     """The decoder without a cache: training, or (given prompt `lengths`) scoring.
@@ -227,22 +255,23 @@ def hidden_states(
     ntk = jnp.zeros((B,), jnp.int32) if lengths is None else ntk_row(cfg, lengths)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
-    lora_layers, scale = _lora_layers(lora, params["wte"].dtype)
+    x = embed(params, tokens, mesh) if embedded is None else embedded
+    pairs = lora_layers(lora, x.dtype)
     gather = _gather(cfg, params["layers"], mesh)
+    multiply = functools.partial(linear, compute=compute)
 
     def attend(q, k, v):
         return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None
 
     def layer(x, per_layer):
         index, low = per_layer
-        w = gather(_layer_weights(params["layers"], index))
-        return decoder_layer(cfg, x, w, low, scale, angles, logn, attend)
+        w = gather(_layer_weights(params["layers"], index, mesh))
+        return decoder_layer(cfg, x, w, low, angles, logn, attend, multiply)
 
-    x = embed(params, tokens, mesh)
     runs = [(0, cfg.num_layers, None)] if remat is None else remat.ranges()
     for start, stop, level in runs:
         body = layer if level is None else checkpointed(layer, level)
-        low = jax.tree.map(lambda x, run=slice(start, stop): x[run], lora_layers)
+        low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
         x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
 
@@ -256,6 +285,7 @@ def forward(
     *,
     counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
     prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts; see below
+    fresh: bool = False,  # promises an empty cache: attention then needs no look into it
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D] after the final norm, cache with the T tokens
     """Runs T new tokens of each row after what its cache holds: prefill (T long) or decode (T = 1).
@@ -270,32 +300,27 @@ def forward(
     positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
-    lora_layers, scale = _lora_layers(lora, params["wte"].dtype)
+    pairs = lora_layers(lora, params["wte"].dtype)
     gather = _gather(cfg, params["layers"], mesh)
 
     def layer(carry, weights):
-        x, k_stack, v_stack = carry
+        # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
+        x, cache = carry
         index, w, low = weights
 
         def attend(q, k, v):
-            # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
-            keys = append(k_stack, k, index, cache.lengths)
-            values = append(v_stack, v, index, cache.lengths)
-            k_all, v_all = (
-                jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False).astype(q.dtype)
-                for stack in (keys, values)
-            )
-            return attention(q, k_all, v_all, q_index=positions), (keys, values)
+            written = write(cache, index, k, v)
+            if fresh:
+                return attention(q, k, v, q_index=positions, causal_square=True), written
+            k_all, v_all = read(written, index, q.dtype)
+            return attention(q, k_all, v_all, q_index=positions), written
 
-        x, stacks = decoder_layer(cfg, x, gather(w), low, scale, angles, logn, attend)
-        return (x, *stacks), None
+        return decoder_layer(cfg, x, gather(w), low, angles, logn, attend), None
 
     x = embed(params, tokens, mesh)
     indices = jnp.arange(cfg.num_layers)
-    (x, k, v), _ = jax.lax.scan(
-        layer, (x, cache.k, cache.v), (indices, params["layers"], lora_layers)
-    )
-    cache = KVCache(k=k, v=v, lengths=cache.lengths + counts, ntk=ntk)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], pairs))
+    cache = cache.replace(lengths=cache.lengths + counts, ntk=ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
 
 

@@ -50,7 +50,9 @@ NF4_CODE = np.array(
 INT4_ZERO_POINT = 8
 # bitsandbytes quantizes the NF4 block scales again, in blocks of this many.
 NF4_SCALE_BLOCK = 256
-_TINY = np.float32(1e-38)  # bitsandbytes' guard against a block of zeros
+# Guards a block of zeros, as bitsandbytes' 1e-38 does; that is subnormal, so XLA takes it for zero
+# and every code of the block became -1 by way of a NaN.
+TINY = np.finfo(np.float32).tiny
 
 
 def _linspace_float32(start: float, stop: float, count: int) -> np.ndarray:
@@ -165,6 +167,26 @@ class QTensor:
         return (*self.data.shape[:-1], self.in_size)
 
 
+@struct.dataclass
+class Layer:
+    """One layer of a stack, not cut out of it: kernels read it where it lies."""
+
+    stack: QTensor  # [L, *O, I]
+    index: jax.Array  # int32 []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that this stands for."""
+        return self.stack.shape[1:]
+
+    def cut(self) -> QTensor:
+        """The layer by itself; XLA makes the slice part of whatever reads it."""
+        index = self.index
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), self.stack
+        )
+
+
 def pack_nibbles(codes: jax.Array) -> jax.Array:
     """codes uint8 [..., I] below 16 -> uint8 [..., I/2], even index in the low nibble."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
@@ -196,12 +218,13 @@ def quantize(
     w = _grouped(w.astype(jnp.float32), groups)  # [*O, I/G, G]
     if fmt.kind == "nf4":
         return _quantize_nf4(w)
-    top = 127.0 if fmt.kind == "int8" else 7.5  # GPTQ: scale = 2 absmax / 15
+    top = np.float32(127.0 if fmt.kind == "int8" else 7.5)  # GPTQ: scale = 2 absmax / 15
     dtype = jnp.float32 if fmt.group == 0 else jnp.float16
     # Round the scale first, then the codes with the scale that is really stored.
-    scale = (_absmax(w) / top).astype(dtype)
+    # Reciprocals, because XLA turns both divisions into them anyway, and numpy would not.
+    scale = (_absmax(w) * (1 / top)).astype(dtype)
     step = scale.astype(jnp.float32)[..., None]
-    codes = jnp.round(w / jnp.where(step > 0, step, 1.0))
+    codes = jnp.round(w * (1.0 / jnp.where(step > 0, step, 1.0)))
     if fmt.kind == "int8":
         data = jnp.clip(codes, -127, 127).astype(jnp.int8).reshape(*w.shape[:-2], -1)
         return QTensor(data=data, scale=scale, kind="int8")
@@ -214,18 +237,18 @@ def _quantize_nf4(
     w: jax.Array,  # [*O, I/64, 64] float32
 ) -> QTensor:
     absmax = _absmax(w)  # [*O, I/64]
-    scaled = jnp.clip(w * (1.0 / jnp.maximum(absmax, _TINY))[..., None], -1.0, 1.0)
+    scaled = jnp.clip(w * (1.0 / jnp.maximum(absmax, TINY))[..., None], -1.0, 1.0)
     codes = jnp.zeros(w.shape, jnp.uint8)
     # Counting the midpoints below a value is a bucketize that fuses into one pass.
     for bound in (NF4_CODE[:-1] + NF4_CODE[1:]) / np.float32(2):
         codes += (scaled > bound).astype(jnp.uint8)
     # Double quantization: the scales, less their mean, in blocks of 256 of the dynamic type.
-    offset = absmax.mean()
+    offset = nf4_offset(absmax)
     flat = (absmax - offset).reshape(-1)
     rest = -flat.size % NF4_SCALE_BLOCK
     blocks = jnp.pad(flat, (0, rest)).reshape(-1, NF4_SCALE_BLOCK)
     block_absmax = _absmax(blocks)
-    unit = jnp.clip(blocks * (1.0 / jnp.maximum(block_absmax, _TINY))[:, None], -1.0, 1.0)
+    unit = jnp.clip(blocks * (1.0 / jnp.maximum(block_absmax, TINY))[:, None], -1.0, 1.0)
     bounds = (DYNAMIC_CODE[:-1] + DYNAMIC_CODE[1:]) / np.float32(2)
     scale = jnp.searchsorted(bounds, unit.reshape(-1)).astype(jnp.uint8)
     return QTensor(
@@ -235,6 +258,24 @@ def _quantize_nf4(
         scale_offset=offset,
         kind="nf4",
     )
+
+
+def nf4_offset(
+    absmax: jax.Array | np.ndarray,  # [*O, I/64] float32
+) -> jax.Array | np.ndarray:
+    """What is taken off the scales before they are quantized: their mean, [].
+
+    Added up in one fixed order, half onto half, so that numpy, XLA and every device get the same
+    bits; `mean` differs in the last one with the shape and with what XLA fuses it into.
+    """
+    size = absmax.size
+    lib = np if isinstance(absmax, np.ndarray) else jnp
+    sums = lib.pad(absmax.reshape(-1), (0, (1 << (size - 1).bit_length()) - size))
+    while sums.size > 1:
+        half = sums.size // 2
+        sums = sums[:half] + sums[half:]
+    # The maximum changes nothing; it keeps XLA from fusing the product into the subtraction of it.
+    return lib.maximum(sums[0] * np.float32(1 / size), np.float32(0))
 
 
 def group_scales(q: QTensor) -> jax.Array:
@@ -247,11 +288,26 @@ def group_scales(q: QTensor) -> jax.Array:
     return jnp.asarray(DYNAMIC_CODE)[q.scale] * per_scale + q.scale_offset
 
 
+def largest(w: QTensor | Layer) -> jax.Array:
+    """A bound on the magnitude of all values, float32 [], from the scales alone; never zero."""
+    if isinstance(w, Layer) and w.stack.kind == "nf4":
+        # Of all layers at once: in a loop over layers XLA can then take it out of the loop.
+        bound = (jnp.max(w.stack.scale_absmax, axis=1) + w.stack.scale_offset)[w.index]
+        return jnp.maximum(bound, 1e-30)
+    q = w.cut() if isinstance(w, Layer) else w
+    if q.kind == "nf4":
+        bound = jnp.max(q.scale_absmax) + q.scale_offset  # the codes of both levels end at 1
+    else:
+        bound = jnp.max(q.scale).astype(jnp.float32) * (127 if q.kind == "int8" else 8)
+    return jnp.maximum(bound, 1e-30)
+
+
 def dequantize(
-    q: QTensor,
+    w: QTensor | Layer,
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Returns the weight [*O, I]: code times scale in float32, rounded once to `dtype`."""
+    q = w.cut() if isinstance(w, Layer) else w
     scales = group_scales(q)[..., None]  # [*O, I/G, 1]
     if q.kind == "int8":
         codes = q.data.astype(jnp.float32)
@@ -261,3 +317,14 @@ def dequantize(
         codes = jnp.asarray(NF4_CODE)[unpack_nibbles(q.data)]
     w = _grouped(codes, q.scale.shape[-1]) * scales
     return w.reshape(q.shape).astype(dtype)
+
+
+def quantize_heads(
+    x: jax.Array,  # [..., H]
+) -> tuple[jax.Array, jax.Array]:  # int8 [..., H], bfloat16 [...]
+    """Rounds each head to 255 levels, with the scale that is really stored."""
+    x = x.astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(x), axis=-1) / 127).astype(jnp.bfloat16)
+    step = scale.astype(jnp.float32)[..., None]
+    codes = jnp.round(x / jnp.where(step > 0, step, 1.0))
+    return jnp.clip(codes, -127, 127).astype(jnp.int8), scale

@@ -22,13 +22,12 @@ LEVELS = ("full", "attention", "selective", "none")
 
 # The names that the model gives to its intermediates (jax.ad_checkpoint.checkpoint_name).
 ATTENTION = "attention"
-QKV, WO, RESIDUAL, UP, GATE, DOWN = "qkv", "wo", "residual", "up", "gate", "down"
-LOW = "low"  # the R-wide products of LoRA
+QKV, RESIDUAL, UP, GATE = "qkv", "residual", "up", "gate"
 WEIGHT = "weight"
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": (ATTENTION,),
-    "selective": (ATTENTION, QKV, RESIDUAL, UP, GATE, LOW),
+    "selective": (ATTENTION, QKV, RESIDUAL, UP, GATE),
 }
 # cuDNN's forward pass as a primitive: its two outputs, attention and statistics, get no name.
 _FLASH_FORWARD = "dot_product_attention_fwd"

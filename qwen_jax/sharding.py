@@ -16,7 +16,7 @@ import os
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.errors import InputError, UsageError, did_you_mean
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -40,22 +40,40 @@ MAX_VIRTUAL_DEVICES = 8
 def parse_mesh(text: str, bare_axis: str = "fsdp") -> dict[str, int]:
     """Parses `--mesh`: `8` (all on `bare_axis`) or `data=2,fsdp=2,tensor=2`.
 
-    Returns the size of every mesh axis, 1 where not named. Raises InputError on anything else.
+    Returns the size of every mesh axis, 1 where not named. Raises UsageError on anything else.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1)
+    sizes: dict[str, int] = {}
     for part in (text or "1").split(","):
         name, equals, number = part.strip().partition("=")
         if not equals and "," not in text:
             name, number = bare_axis, name
-        if name not in sizes:
-            raise InputError(
+        if name not in MESH_AXES:
+            raise UsageError(
                 f"--mesh {text!r}: unknown axis {name!r}{did_you_mean(name, MESH_AXES)}; expected "
                 "a number of devices or sizes such as data=2,fsdp=2,tensor=2"
             )
         if not number.isascii() or not number.isdigit() or int(number) < 1:
-            raise InputError(f"--mesh {text!r}: {number!r} is not a whole number over 0")
+            raise UsageError(f"--mesh {text!r}: {number!r} is not a whole number over 0")
+        if name in sizes:
+            raise UsageError(f"--mesh {text!r}: {name} stands twice")
         sizes[name] = int(number)
-    return sizes
+    return dict.fromkeys(MESH_AXES, 1) | sizes
+
+
+def check_tensor_axis(sizes: dict[str, int], units: dict[str, int]) -> None:
+    """InputError unless the tensor axis divides all of `units` (a name -> how many there are).
+
+    What it does not divide would be replicated: many devices with the work and memory of one.
+    """
+    tensor = sizes["tensor"]
+    wrong = {name: count for name, count in units.items() if count % tensor}
+    if wrong:
+        largest = math.gcd(tensor, *units.values())
+        have = " and ".join(f"{count} {name}" for name, count in units.items())
+        raise InputError(
+            f"--mesh {describe_mesh(sizes)}: tensor={tensor} must divide the {have} of this model; "
+            f"use tensor={largest} and give the other devices to fsdp or data"
+        )
 
 
 def provide_devices(count: int) -> None:

@@ -70,9 +70,19 @@ class Tokenizer:
         return cls(read_ranks(pathlib.Path(path)))
 
     @classmethod
-    def from_dir(cls, folder: str | pathlib.Path) -> "Tokenizer":
-        """Reads `qwen.tiktoken` in a model folder."""
-        return cls.from_file(pathlib.Path(folder) / RANKS_FILE)
+    def from_dir(cls, folder: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
+        """Reads `qwen.tiktoken` in a model folder.
+
+        `vocab_size`: rows of the model's embedding; InputError if the file has more tokens.
+        """
+        path = pathlib.Path(folder) / RANKS_FILE
+        tokenizer = cls.from_file(path)
+        if vocab_size is not None and tokenizer.n_vocab > vocab_size:
+            raise InputError(
+                f"{path} has {tokenizer.n_vocab} tokens, the model only {vocab_size} rows for "
+                "them; it belongs to another model"
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Encodes `text` after Unicode normalization (NFC), as tokenization_qwen.py does.

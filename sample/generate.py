@@ -13,42 +13,52 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qwen_jax import api, chatml
+from qwen_jax import api, chatml, runtime
 from qwen_jax.adapters import ADAPTER_WEIGHTS
+from qwen_jax.checkpoint import DTYPES
 from qwen_jax.cli import parse, run
-from qwen_jax.errors import InputError
-from qwen_jax.sampling import SamplingParams
+from qwen_jax.errors import InputError, UsageError
+from qwen_jax.manifest import planned_manifest
+from qwen_jax.sampling import SamplingParams, check_setting
 from sample.answers_file import AnswersFile
+from sample.plan import PlanFlags, print_plan
 
 
 @dataclass(kw_only=True)
-class ModelFlags:
+class ModelFlags(PlanFlags):
     """What every program that runs a model asks for."""
 
     checkpoint: str
-    """Folder that convert wrote."""
+    """folder that convert wrote"""
     adapter: str | None = None
-    """Folder of a PEFT LoRA adapter."""
+    """folder of a PEFT LoRA adapter"""
     mesh: str | None = None
-    """Devices: a number, or sizes such as fsdp=2,tensor=4."""
+    """number of devices, or sizes such as fsdp=2,tensor=4; unset: one device"""
     dtype: str | None = None
-    """Compute dtype; default that of the checkpoint."""
+    """compute dtype, bfloat16 or float32; unset: that of the checkpoint"""
     system: str = chatml.DEFAULT_SYSTEM
-    """System message."""
+    """system message"""
     greedy: bool = False
-    """The likeliest token every time."""
+    """the likeliest token every time"""
     temperature: float | None = None
+    """divides the logits; 0 is --greedy; unset: as in generation_config.json"""
     top_k: int | None = None
+    """tokens to draw from, the likeliest; 0: all; unset: as in generation_config.json"""
     top_p: float | None = None
+    """probability, 0 to 1, that the tokens to draw from have together; unset: as there"""
     repetition_penalty: float | None = None
+    """over 1 makes tokens of prompt and answer less likely; unset: as there"""
     max_new_tokens: int | None = None
+    """longest answer, in tokens; unset: as there"""
     seed: int = 0
+    """the same seed gives the same text"""
 
 
 @dataclass(kw_only=True)
@@ -56,15 +66,15 @@ class Args(ModelFlags):
     """Generate text for one prompt or a file of them."""
 
     prompt: str | None = None
-    """The prompt itself."""
+    """the prompt itself"""
     input: str | None = None
-    """JSONL file, one prompt or conversation a line."""
+    """JSONL file, a {"prompt": ...} or {"messages": [...]} a line"""
     output: str | None = None
-    """JSONL file, whole when it appears; rows gather in FILE.partial. Default standard output."""
+    """JSONL file, whole when it appears, rows gather in FILE.partial; unset: standard output"""
     raw: bool = False
-    """The prompt is plain text to be continued, no chat message."""
+    """the prompt is plain text to be continued, no chat message"""
     batch_size: int = 8
-    """Prompts that run together."""
+    """prompts that run together"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,23 @@ class Request:
     prompt: Any
     ids: list[int]
     params: SamplingParams
+
+
+def check_flags(flags: ModelFlags) -> None:
+    """UsageError for what no checkpoint could make right, before minutes of loading."""
+    for name in ("checkpoint", "adapter"):
+        if getattr(flags, name) == "":
+            raise UsageError(f"--{name} is empty")
+    if flags.dtype is not None and flags.dtype not in DTYPES:
+        raise UsageError(f"--dtype is {flags.dtype!r}; expected {' or '.join(DTYPES)}")
+    settings = ("top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    # A temperature of 0 means greedy.
+    for name in (*settings, "temperature") if flags.temperature else settings:
+        if (value := getattr(flags, name)) is not None:
+            try:
+                check_setting(name, value)
+            except InputError as error:
+                raise UsageError(f"--{error}") from None
 
 
 def open_model(flags: ModelFlags) -> api.Model:
@@ -137,13 +164,16 @@ def make_request(
 ) -> Request:
     """Encodes one prompt, plain or as a chat."""
     tokenizer = model.tokenizer
+    turns = [chatml.Turn("user", given)] if isinstance(given, str) else given
+    for text in (turn.content for turn in turns if isinstance(turn.content, str)):
+        if re.search("[\ud800-\udfff]", text):
+            raise InputError("the prompt is no UTF-8 text (half a surrogate pair); mend it")
     if raw:
         if not isinstance(given, str):
             raise InputError("messages cannot be continued as plain text; leave out --raw")
         if not given:
             raise InputError("the prompt is empty; plain text needs something to continue")
         return Request(given, tokenizer.encode(given), params)
-    turns = [chatml.Turn("user", given)] if isinstance(given, str) else given
     ids = chatml.encode_prompt(tokenizer, turns, system, model.defaults.max_window_size)
     shown = given if isinstance(given, str) else [dataclasses.asdict(turn) for turn in given]
     return Request(shown, ids, params)
@@ -218,11 +248,11 @@ def answer_rows(
 
 
 def _check(args: Args) -> None:
-    """All that can be refused before minutes of loading."""
+    check_flags(args)
     if (args.prompt is None) == (args.input is None):
-        raise InputError("give either --prompt TEXT or --input FILE.jsonl")
+        raise UsageError("give either --prompt TEXT or --input FILE.jsonl")
     if args.batch_size < 1:
-        raise InputError(f"--batch_size is {args.batch_size}; expected at least 1")
+        raise UsageError(f"--batch_size is {args.batch_size}; expected at least 1")
     if args.output is not None:
         path = pathlib.Path(args.output)
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -230,7 +260,11 @@ def _check(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    runtime.configure()
     args = parse(Args, argv)
+    if args.plan:
+        print_plan(args, planned_manifest(args.checkpoint), args.mesh, args.dtype, args.batch_size)
+        return
     _check(args)
     if args.prompt is None:
         given = read_prompts(pathlib.Path(args.input))

@@ -158,13 +158,38 @@ def test_an_adapter_of_another_base_is_refused(saved):
     [
         (lambda t: t.update(extra=np.zeros(1, np.float32)), "match nothing"),
         (lambda t: t.pop(sorted(t)[0]), "lacks 1 tensors"),
-        (lambda t: t.update({sorted(t)[0]: np.zeros((4, 3), np.float32)}), r"is float32 \(4, 3\)"),
+        (lambda t: t.update({sorted(t)[0]: np.zeros((4, 3), np.float32)}), r"is F32 \(4, 3\)"),
+        (lambda t: t[sorted(t)[0]].fill(np.nan), "holds NaN or Inf"),
         (lambda t: t.clear(), "empty"),
     ],
 )
 def test_bad_adapter_tensors_are_refused(saved, change, message):
     cfg, folder = saved
     rewrite(folder, change)
+    with pytest.raises(InputError, match=message):
+        load_peft(folder, cfg)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"peft_type": "IA3"}, "only LORA adapters can be read"),
+        ({"use_dora": True}, "use_dora is True: .*not implemented"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"modules_to_save": ["wte"]}, "modules_to_save"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        # These initializations subtract the adapter from the base, which then is another base.
+        ({"init_lora_weights": "pissa_niter_16"}, "'pissa_niter_16' changed the base"),
+        ({"bias": "all"}, "only 'none' can be read"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": 1e308}, "lora_alpha is 1e"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_refused(saved, setting, message):
+    cfg, folder = saved
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     with pytest.raises(InputError, match=message):
         load_peft(folder, cfg)
 

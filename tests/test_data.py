@@ -1,4 +1,4 @@
-"""train.data against rows, token ids and orders written out by hand."""
+"""train.data, dataset_info and batches against rows, token ids and orders written out by hand."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.errors import InputError
-from train import data
+from train import batches, data
 
 IM_START, IM_END, EOD = 256, 257, 258
 DEMO_DATA = Path(__file__).parent.parent / "demo" / "data"
@@ -54,7 +54,7 @@ def shown(example):
 
 def trained(example):
     """What is trained of an example, in the notation of `shown`."""
-    return shown(data.Example(example.ids[example.loss_mask], None))
+    return shown(batches.Example(example.ids[example.loss_mask], None))
 
 
 def chatml(*turns, system="You are a helpful assistant."):
@@ -473,7 +473,7 @@ def test_limits_below_one_are_refused(tmp_path, options):
 
 @pytest.mark.parametrize(("n", "batch"), [(1, 1), (7, 3), (12, 4), (5, 8), (1000, 64)])
 def test_each_epoch_sees_every_example_exactly_once(n, batch):
-    plan = data.BatchPlan(n, batch, seed=3)
+    plan = batches.BatchPlan(n, batch, seed=3)
     assert plan.steps_per_epoch == -(-n // batch)
     orders = []
     for epoch in range(3):
@@ -486,37 +486,37 @@ def test_each_epoch_sees_every_example_exactly_once(n, batch):
 
 
 def test_order_depends_on_seed_and_on_nothing_else():
-    first = [data.BatchPlan(100, 8, seed=1).batch_at(s).tolist() for s in range(40)]
+    first = [batches.BatchPlan(100, 8, seed=1).batch_at(s).tolist() for s in range(40)]
     steps = list(range(40))
     random.Random(0).shuffle(steps)
-    data.epoch_order.cache_clear()
-    asked_in_any_order = {s: data.BatchPlan(100, 8, seed=1).batch_at(s).tolist() for s in steps}
+    batches.epoch_order.cache_clear()
+    asked_in_any_order = {s: batches.BatchPlan(100, 8, seed=1).batch_at(s).tolist() for s in steps}
     assert [asked_in_any_order[s] for s in range(40)] == first
-    assert data.BatchPlan(100, 8, seed=2).batch_at(0).tolist() != first[0]
+    assert batches.BatchPlan(100, 8, seed=2).batch_at(0).tolist() != first[0]
 
 
 def test_order_stays_what_it_was_so_that_old_runs_can_resume():
     # A pin, not a proof: these orders come from NumPy 2.4; a change would break every saved run.
-    assert data.epoch_order(6, 7, 0).tolist() == [3, 4, 0, 2, 5, 1]
-    assert data.epoch_order(6, 7, 1).tolist() == [1, 3, 2, 4, 5, 0]
+    assert batches.epoch_order(6, 7, 0).tolist() == [3, 4, 0, 2, 5, 1]
+    assert batches.epoch_order(6, 7, 1).tolist() == [1, 3, 2, 4, 5, 0]
 
 
 def test_plan_refuses_what_cannot_be_a_plan():
     for arguments in ((0, 1), (1, 0), (1, 1, -1)):
         with pytest.raises(InputError, match="expected at least one example"):
-            data.BatchPlan(*arguments)
+            batches.BatchPlan(*arguments)
 
 
 def examples_of_lengths(*lengths):
-    return [data.Example(np.full(n, n, np.int32), np.arange(n) >= n // 2) for n in lengths]
+    return [batches.Example(np.full(n, n, np.int32), np.arange(n) >= n // 2) for n in lengths]
 
 
 def test_resumed_batches_equal_the_ones_not_interrupted():
     examples = examples_of_lengths(3, 70, 5, 130, 8, 2, 9)
-    plan = data.BatchPlan(7, 3, seed=0)
+    plan = batches.BatchPlan(7, 3, seed=0)
     options = {"cutoff_len": 200, "pad_id": EOD}
-    whole = list(data.batches(examples, plan, start=0, stop=8, **options))
-    resumed = list(data.batches(examples, plan, start=5, stop=8, **options))
+    whole = list(batches.batches(examples, plan, 0, 8, **options))
+    resumed = list(batches.batches(examples, plan, 5, 8, **options))
     assert [step for step, _ in resumed] == [5, 6, 7]
     for (step, batch), (_, again) in zip(whole[5:], resumed, strict=True):
         for key in ("tokens", "loss_mask", "lengths"):
@@ -531,10 +531,10 @@ def test_resumed_batches_equal_the_ones_not_interrupted():
 
 def test_collate_pads_right_and_below():
     examples = [
-        data.Example(np.array([1, 2, 3], np.int32), np.array([False, True, True])),
-        data.Example(np.array([4], np.int32), np.array([True])),
+        batches.Example(np.array([1, 2, 3], np.int32), np.array([False, True, True])),
+        batches.Example(np.array([4], np.int32), np.array([True])),
     ]
-    batch = data.collate(examples, batch_size=3, length=4, pad_id=9)
+    batch = batches.collate(examples, batch_size=3, length=4, pad_id=9)
     assert batch["tokens"].tolist() == [[1, 2, 3, 9], [4, 9, 9, 9], [9, 9, 9, 9]]
     assert batch["loss_mask"].tolist() == [
         [False, True, True, False],
@@ -545,7 +545,7 @@ def test_collate_pads_right_and_below():
     assert (batch["tokens"].dtype, batch["loss_mask"].dtype) == (np.int32, np.bool_)
     for size in ({"batch_size": 1, "length": 4}, {"batch_size": 2, "length": 2}):
         with pytest.raises(ValueError, match="do not fit"):
-            data.collate(examples, **size, pad_id=9)
+            batches.collate(examples, **size, pad_id=9)
 
 
 @pytest.mark.parametrize(
@@ -568,17 +568,17 @@ def test_collate_pads_right_and_below():
     ],
 )
 def test_bucket_length(n, cutoff_len, length):
-    assert data.bucket_length(n, cutoff_len) == length
+    assert batches.bucket_length(n, cutoff_len) == length
 
 
 @pytest.mark.parametrize(("cutoff_len", "shapes"), [(1024, 8), (2048, 10), (8192, 14)])
 def test_few_shapes_are_compiled(cutoff_len, shapes):
-    lengths = [data.bucket_length(n, cutoff_len) for n in range(1, cutoff_len + 1)]
+    lengths = [batches.bucket_length(n, cutoff_len) for n in range(1, cutoff_len + 1)]
     assert len(set(lengths)) == shapes
     for n, length in enumerate(lengths, 1):
         assert length % 64 == 0 and n <= length <= max(n * 1.5, 128)
     with pytest.raises(ValueError, match="expected 1 to cutoff_len"):
-        data.bucket_length(cutoff_len + 1, cutoff_len)
+        batches.bucket_length(cutoff_len + 1, cutoff_len)
 
 
 # --- the demo's own data -------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_stream_is_generate(engine, count):
 def test_cache_grows_without_a_trace(engine, monkeypatch):
     (prompt,) = prompts(50)
     expected = engine.generate([prompt], GREEDY)
-    monkeypatch.setattr("qwen_jax.engine._FIRST_ROOM", 1)
+    monkeypatch.setattr("qwen_jax.engine.FIRST_ROOM", 1)
     assert engine.generate([prompt], GREEDY) == expected  # 64 slots, then 128
 
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save, save_file
 
 from convert import hf_files
-from convert.hf_files import INDEX_NAME, HfWeights, check_finite, plan_shards, write_sharded
+from convert.hf_files import INDEX_NAME, HfWeights, check_finite
+from convert.hf_writer import plan_shards, write_sharded
 from qwen_jax.errors import InputError
 
 BF16, F16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)

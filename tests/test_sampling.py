@@ -25,8 +25,8 @@ from qwen_jax.sampling import (
     update_seen,
 )
 
-process = jax.jit(process_logits, static_argnames="candidates")
-draw = jax.jit(sample, static_argnames="candidates")
+process = jax.jit(process_logits, static_argnames="sort")
+draw = jax.jit(sample, static_argnames="sort")
 
 
 @pytest.fixture
@@ -95,12 +95,11 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("V", "candidates"), [(1, 1), (37, 1024), (37, 8), (1001, 64), (4099, 128)]
-)
-def test_scores_equal_transformers(stable_sort, V, candidates):
-    logits, prompts, params = random_batch(V + candidates, 200, V)
-    got = process(logits, seen_of(prompts, V), row_params(params), candidates=candidates)
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("V", [1, 37, 1001, 4099])
+def test_scores_equal_transformers(stable_sort, V, sort):
+    logits, prompts, params = random_batch(V + 1, 200, V)
+    got = process(logits, seen_of(prompts, V), row_params(params), sort=sort)
     for b, p in enumerate(params):
         assert_close(np.asarray(got[b]), reference(logits[b], prompts[b], p))
 
@@ -109,7 +108,7 @@ def test_kept_scores_equal_unpatched_transformers():
     """Where torch sorts ties in its own order another of them may stay, with the same score."""
     V = 1001
     logits, prompts, params = random_batch(5, 200, V)
-    got = process(logits, seen_of(prompts, V), row_params(params), candidates=64)
+    got = process(logits, seen_of(prompts, V), row_params(params))
     for b, p in enumerate(params):
         assert_close(np.sort(got[b]), np.sort(reference(logits[b], prompts[b], p)))
 
@@ -139,21 +138,19 @@ def test_equal_probabilities_are_cut_where_transformers_cuts(stable_sort):
     for row, (n, _) in zip(logits, cases, strict=True):
         row[:n] = 1.0
     params = [SamplingParams(top_p=top_p) for _, top_p in cases]
-    for candidates in (64, 48):
+    for sort in (False, True):
         rows = row_params(params)
-        got = process(logits, jnp.zeros(logits.shape, bool), rows, candidates=candidates)
+        got = process(logits, jnp.zeros(logits.shape, bool), rows, sort=sort)
         for b, p in enumerate(params):
             assert_close(np.asarray(got[b]), reference(logits[b], [0], p))
 
 
-def test_few_candidates_change_nothing():
-    """Ties at the last candidate, flat rows and filters that are off, against the full sort."""
+def test_the_search_changes_nothing():
+    """Ties at the cut, flat rows and filters that are off, against the full sort."""
     V = 501
     logits, prompts, params = random_batch(9, 250, V)
     args = (logits, seen_of(prompts, V), row_params(params))
-    full = process(*args, candidates=V)
-    for candidates in (1, 16):
-        np.testing.assert_array_equal(process(*args, candidates=candidates), full)
+    np.testing.assert_array_equal(process(*args), process(*args, sort=True))
 
 
 def test_one_program_serves_every_setting():
@@ -168,24 +165,22 @@ def test_a_row_depends_on_nothing_but_itself():
     """The same row alone and among neighbours that need the full sort, bit for bit."""
     V, B = 501, 8
     logits, prompts, params = random_batch(11, B, V)
-    logits[1::2] = 0.0  # every other row cannot be settled from candidates
+    logits[1::2] = 0.0  # every other row cannot be settled by the search
     params[1::2] = [SamplingParams(top_p=0.9)] * (B // 2)
     params = [dataclasses.replace(p, seed=b // 2) for b, p in enumerate(params)]
     params[4] = dataclasses.replace(params[4], greedy=True)
     seen = seen_of(prompts, V)
     keys = step_keys(row_keys(params), jnp.arange(B))
-    together = process(logits, seen, row_params(params), candidates=32)
-    drawn = draw(logits, seen, row_params(params), keys, candidates=32)
+    together = process(logits, seen, row_params(params))
+    drawn = draw(logits, seen, row_params(params), keys)
     for b in range(B):
         alone = slice(b, b + 1)
         row = row_params(params[alone])
-        np.testing.assert_array_equal(
-            process(logits[alone], seen[alone], row, candidates=32)[0], together[b]
-        )
-        id_alone = draw(logits[alone], seen[alone], row, keys[alone], candidates=32)[0]
+        np.testing.assert_array_equal(process(logits[alone], seen[alone], row)[0], together[b])
+        id_alone = draw(logits[alone], seen[alone], row, keys[alone])[0]
         assert id_alone == drawn[b]
     back = slice(None, None, -1)
-    flipped = draw(logits[back], seen[back], row_params(params[back]), keys[back], candidates=32)
+    flipped = draw(logits[back], seen[back], row_params(params[back]), keys[back])
     np.testing.assert_array_equal(flipped, drawn[back])
 
 
@@ -227,7 +222,7 @@ def test_draws_follow_the_distribution_of_transformers(p):
     rows = jax.tree.map(lambda x: jnp.repeat(x, draws), row_params([p]))
     keys = step_keys(jnp.repeat(row_keys([p]), draws), jnp.arange(draws))
     seen = jnp.repeat(seen_of(prompt[None], V), draws, axis=0)
-    ids = np.asarray(draw(jnp.tile(logits, (draws, 1)), seen, rows, keys, candidates=16))
+    ids = np.asarray(draw(jnp.tile(logits, (draws, 1)), seen, rows, keys))
     counts = np.bincount(ids, minlength=V)
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
@@ -247,7 +242,7 @@ def test_padded_vocabulary_is_never_chosen():
     ):
         params = [p] * B
         keys = step_keys(row_keys(params), jnp.arange(B))
-        ids = draw(masked, jnp.ones((B, V), bool), row_params(params), keys, candidates=8)
+        ids = draw(masked, jnp.ones((B, V), bool), row_params(params), keys)
         assert int(ids.max()) < n_vocab
 
 

@@ -182,6 +182,9 @@ def test_smaller_rank_file(tmp_path):
     assert (tok.eod_id, tok.im_start_id, tok.im_end_id) == (259, 260, 261)
     assert tok.special_tokens["<|extra_204|>"] == 259 + 207
     assert tok.encode("hello") == [258, ord("o")]
+    assert Tokenizer.from_dir(tmp_path, 259 + 208).n_vocab == tok.n_vocab
+    with pytest.raises(InputError, match="has 467 tokens, the model only 466 rows"):
+        Tokenizer.from_dir(tmp_path, 466)
     assert tok.decode([258, ord("o"), 261]) == "hello<|im_end|>"
 
 

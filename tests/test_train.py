@@ -34,9 +34,11 @@ from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train import lora as program
 from train import loss as loss_file
+from train.base import quantize_params
 from train.loss import next_token_loss
 from train.report import Report
 from train.step import (
+    Compute,
     compile_step,
     init_state,
     loss_and_grads,
@@ -62,8 +64,8 @@ def random_batch(cfg, shape, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "remat", "mesh"))
 def jitted(cfg, params, lora, batch, remat="full", mesh=None):
-    remat = Remat.parse(remat, cfg.num_layers)
-    return loss_and_grads(cfg, params, lora, batch, remat=remat, mesh=mesh)
+    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
+    return loss_and_grads(cfg, params, lora, batch, compute)
 
 
 def random_lora(cfg, lora_cfg=ALL, seed=0):
@@ -253,15 +255,8 @@ def test_compiled_step_learns_and_compiles_once():
     state = init_state(optimizer, init_lora(cfg, ALL, jax.random.key(0), mesh), mesh)
     moment = state.opt_state[1][0].mu.weights["layers"]["mlp"]["up"]["b"]
     assert moment.sharding == state.lora.weights["layers"]["mlp"]["up"]["b"].sharding
-    step = compile_step(
-        cfg,
-        optimizer,
-        schedule,
-        state,
-        params,
-        remat=Remat.parse("full", cfg.num_layers),
-        mesh=mesh,
-    )
+    compute = Compute(remat=Remat.parse("full", cfg.num_layers), mesh=mesh)
+    step = compile_step(cfg, optimizer, schedule, state, params, compute)
     batch, losses = random_batch(cfg, (2, 4, 32)), []
     for _ in range(6):
         old = state
@@ -289,6 +284,8 @@ def test_72b_trains_the_published_number_of_parameters(targets, expected):
 def test_misspelt_target_is_an_error_with_the_right_name():
     with pytest.raises(InputError, match=r"'attn.cproj'.*did you mean 'attn.c_proj'"):
         count_trainable(tiny_config(), LoraConfig(targets=("c_attn", "attn.cproj")))
+    with pytest.raises(InputError, match=r"'q_proj'.*this model calls it 'c_attn'"):
+        count_trainable(tiny_config(), LoraConfig(targets=("q_proj", "v_proj")))
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +357,19 @@ def test_settings_that_cannot_be_resumed_or_overwritten(run_folder, tmp_path, ca
     (output / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"another run \(seed 42 -> 7\)"):
         program.main(flags(run_folder, output, *short, "--seed", "7"))
+    rows = json.loads((run_folder / "sums.json").read_text())
+    rows[3]["output"] = rows[3]["output"].replace("6", "7")
+    (tmp_path / "sums.json").write_text(json.dumps(rows))
+    shutil.copy(run_folder / "dataset_info.json", tmp_path)
+    with pytest.raises(InputError, match=r'another run \(data "\w{12}... -> "\w{12}...\); use'):
+        program.main(flags(run_folder, output, *short, "--dataset_dir", str(tmp_path)))
+    files = (output / "checkpoint-2" / "state").rglob("*")
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(InputError, match=f"damaged: .*{largest.name} is not as written"):
+        program.main(flags(run_folder, output, *short))
     shutil.rmtree(output / "checkpoint-2" / "state")  # no longer complete: not the newest
     program.main(flags(run_folder, output, *short))
     assert f"resuming from {output / 'checkpoint-1'}" in capsys.readouterr().out
@@ -389,7 +399,7 @@ def test_quantization_in_memory_is_that_of_the_format():
     weights = random_weights(cfg)
     mesh = make_mesh(parse_mesh("1"))
     fmt = QuantFormat.named("nf4")
-    ours = program.quantize_params(cfg, to_params(cfg, weights), fmt, mesh)
+    ours = quantize_params(cfg, to_params(cfg, weights), fmt, mesh)
     expected = to_params(cfg, weights, fmt="nf4")
     assert isinstance(ours["layers"]["mlp"]["up"], QTensor)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
@@ -405,7 +415,7 @@ def test_quantization_in_memory_is_that_of_the_format():
         (["--fp16"], "use --bf16"),
         (["--quantization_bit", "3"], "only 4 or 8"),
         (["--lora_target", "c_attn,attn.cproj"], "did you mean 'attn.c_proj'"),
-        (["--logging_steps", "0"], "over 0"),
+        (["--logging_steps", "0"], "expected a number 1 or more"),
         (["--resume_from_checkpoint", "nowhere/checkpoint-1"], "not a complete checkpoint"),
     ],
 )

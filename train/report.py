@@ -3,6 +3,7 @@
 It reads metrics that the step returned; it knows nothing of the model or of how they were made.
 """
 
+import contextlib
 import json
 import pathlib
 import time
@@ -30,21 +31,37 @@ class Report:
         self.bar = tqdm(total=total, initial=start, unit="step", disable=None)
         self.began = time.perf_counter()
         self.metrics: list[dict] = []
-        self.tokens = 0
+        self.tokens, self.step = 0, start
         self._drop_lines_after(start)
 
     def add(self, step: int, metrics: dict, tokens: int) -> None:
         """`step` steps are done; `tokens` is how many real tokens the last one read."""
+        self.step = step
         self.metrics.append(metrics)
         self.tokens += tokens
         self.bar.update()
         if step % self.every == 0 or step == self.total:
             self._write(step)
 
+    def say(self, line: str) -> None:
+        """A line above the progress bar."""
+        tqdm.write(line)
+
     def close(self) -> None:
         self.bar.close()
 
+    def check(self) -> None:
+        """InputError if loss or gradients are no numbers any more: such a state is of no use."""
+        fetched = jax.device_get(self.metrics)
+        if not np.isfinite([[m["loss"], m["grad_norm"]] for m in fetched]).all():
+            raise InputError(
+                f"loss or gradients are no longer finite numbers within the last {len(fetched)} "
+                f"steps, up to step {self.step}; lower --learning_rate and begin anew, or resume "
+                "from an earlier checkpoint"
+            )
+
     def _write(self, step: int) -> None:
+        self.check()
         fetched = jax.device_get(self.metrics)
         seconds = time.perf_counter() - self.began
         weights = np.array([m["tokens"] for m in fetched], np.float64)
@@ -60,11 +77,6 @@ class Report:
         }
         if peak := peak_memory():
             row["peak_memory_bytes"] = peak
-        if not np.isfinite(losses).all():
-            raise InputError(
-                f"the loss is no longer a finite number within the last {len(losses)} steps before "
-                f"step {step}; lower --learning_rate and resume from an earlier checkpoint"
-            )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         line = (
@@ -72,7 +84,7 @@ class Report:
             f"lr {row['lr']:.3e}  grad_norm {row['grad_norm']:.3f}  "
             f"{row['tokens_per_second']:.0f} tok/s"
         )
-        tqdm.write(line + (f"  peak {peak / 1e9:.1f} GB" if peak else ""))
+        self.say(line + (f"  peak {peak / 1e9:.1f} GB" if peak else ""))
         self.metrics, self.tokens, self.began = [], 0, time.perf_counter()
 
     def _drop_lines_after(self, start: int) -> None:
@@ -80,13 +92,10 @@ class Report:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            if isinstance(row, dict) and row.get("step", 0) <= start:
-                kept.append(line + "\n")
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # the last line of a killed run
+                if json.loads(line)["step"] <= start:
+                    kept.append(line + "\n")
         self.path.write_text("".join(kept), encoding="utf-8")
 
 

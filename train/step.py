@@ -7,6 +7,7 @@ rows are cut into micro batches, or padded, changes nothing. LoRA weights, their
 moments are float32. It knows nothing of files, datasets or tokenizers.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,15 @@ from qwen_jax.sharding import batch_spec, replicated
 from train.loss import next_token_loss
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How a step is computed: it changes speed, memory and rounding."""
+
+    remat: Remat
+    products: str = "bf16"  # with frozen weights: in the dtype of the activations, or "fp8"
+    mesh: Mesh | None = None
 
 
 @struct.dataclass
@@ -122,30 +132,41 @@ def loss_and_grads(
     cfg: ModelConfig,
     params: dict[str, Any],
     lora: Lora,
-    batch: dict[str, jax.Array],  # tokens int32, loss_mask bool [A, B, T]
-    *,
-    remat: Remat,
-    mesh: Mesh | None = None,
+    batch: dict[
+        str, jax.Array
+    ],  # tokens int32, loss_mask bool [A, B, T]; perhaps embedded [A, B, T, D]
+    compute: Compute,
 ) -> tuple[jax.Array, Lora, jax.Array]:  # float32 [], float32 tree, int32 []
     """Mean loss over the trained tokens of all micro batches, its gradient, and their count."""
 
-    def summed_loss(lora: Lora, tokens, loss_mask):
-        hidden = hidden_states(cfg, params, lora, tokens, remat=remat, mesh=mesh)
-        return next_token_loss(hidden, params["lm_head"], tokens, loss_mask, mesh)
-
-    def micro(carry, rows):
-        loss, grads, count = carry
-        tokens, loss_mask = rows
-        (more, trained), new = jax.value_and_grad(summed_loss, has_aux=True)(
-            lora, tokens, loss_mask
+    def summed_loss(lora: Lora, rows):
+        hidden = hidden_states(
+            cfg,
+            params,
+            lora,
+            rows["tokens"],
+            embedded=rows.get("embedded"),
+            remat=compute.remat,
+            compute=compute.products,
+            mesh=compute.mesh,
         )
-        grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, new)
-        return (loss + more, grads, count + trained), None
+        head = params["lm_head"]
+        return next_token_loss(hidden, head, rows["tokens"], rows["loss_mask"], compute.mesh)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), lora)
-    start = (jnp.zeros((), jnp.float32), zeros, jnp.zeros((), jnp.int32))
-    rows = (batch["tokens"], batch["loss_mask"])
-    (loss, grads, count), _ = jax.lax.scan(micro, start, rows)
+    def micro(rows):
+        (loss, count), grads = jax.value_and_grad(summed_loss, has_aux=True)(lora, rows)
+        return loss, count, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    def add(total, rows):
+        return jax.tree.map(jnp.add, total, micro(rows)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        total = micro(first)  # no second copy of the gradients to add them into
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, first))
+        total, _ = jax.lax.scan(add, zeros, batch)
+    loss, count, grads = total
     share = 1.0 / jnp.maximum(count, 1)
     return loss * share, jax.tree.map(lambda g: g * share, grads), count
 
@@ -156,13 +177,11 @@ def train_step(
     schedule: optax.Schedule,
     state: TrainState,
     params: dict[str, Any],
-    batch: dict[str, jax.Array],  # tokens int32, loss_mask bool [A, B, T]
-    *,
-    remat: Remat,
-    mesh: Mesh | None = None,
+    batch: dict[str, jax.Array],  # as loss_and_grads takes it
+    compute: Compute,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Metrics: loss (of the weights before the step), grad_norm (before clipping), lr, tokens."""
-    loss, grads, count = loss_and_grads(cfg, params, state.lora, batch, remat=remat, mesh=mesh)
+    loss, grads, count = loss_and_grads(cfg, params, state.lora, batch, compute)
     with jax.named_scope("optimizer"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
         lora = optax.apply_updates(state.lora, updates)
@@ -176,8 +195,8 @@ def train_step(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[A, B, T]: the rows of each micro batch over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(None, *batch_spec(), None))
+    """[A, B, ...]: the rows of each micro batch over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, *batch_spec()))
 
 
 def compile_step(
@@ -186,9 +205,7 @@ def compile_step(
     schedule: optax.Schedule,
     state: TrainState,
     params: dict[str, Any],
-    *,
-    remat: Remat,
-    mesh: Mesh,
+    compute: Compute,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The step as one program (state, params, batch) -> state, metrics; the old state is given up.
 
@@ -197,15 +214,14 @@ def compile_step(
     """
 
     def step(state, params, batch):
-        return train_step(cfg, optimizer, schedule, state, params, batch, remat=remat, mesh=mesh)
+        return train_step(cfg, optimizer, schedule, state, params, batch, compute)
 
     state_layout, params_layout = (
         jax.tree.map(lambda x: x.sharding, tree) for tree in (state, params)
     )
-    rows = batch_sharding(mesh)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state_layout, params_layout, {"tokens": rows, "loss_mask": rows}),
-        out_shardings=(state_layout, replicated(mesh)),
+        in_shardings=(state_layout, params_layout, None),  # a batch comes laid out
+        out_shardings=(state_layout, replicated(compute.mesh)),
     )

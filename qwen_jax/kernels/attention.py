@@ -31,23 +31,29 @@ def attention(
     implementation: str | None = None,  # "xla" or "cudnn"; None chooses
 ) -> jax.Array:  # [B, T, N, H]
     """Softmax(q k^T / sqrt(H)) v under the causal rule; softmax in float32."""
-    chosen = implementation or _choose(q, causal_square and segments is None)
+    chosen = implementation or _choose(q, causal_square)
     if chosen == "cudnn":
-        if not causal_square or segments is not None:
-            raise NotImplementedError("cudnn attention here serves plain causal squares only")
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        if not causal_square:
+            raise NotImplementedError("cudnn attention here serves causal squares only")
+        return _attention_cudnn(q, k, v, segments)
     if chosen != "xla":
         raise ValueError(f"attention implementation {chosen!r}: expected 'xla' or 'cudnn'")
     return checkpoint_name(attention_xla(q, k, v, q_index, segments), ATTENTION)
 
 
-def _choose(q: jax.Array, flash_possible: bool) -> str:
-    on_gpu = jax.default_backend() == "gpu"
+def _attention_cudnn(q, k, v, segments: jax.Array | None) -> jax.Array:
+    mask = None
+    if segments is not None:
+        mask = (segments[:, :, None] == segments[:, None, :])[:, None]  # [B, 1, T, T]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _choose(q: jax.Array, causal_square: bool) -> str:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     # cuDNN's flash kernel takes 16-bit inputs and head sizes up to 128 in steps of 8.
     chosen = "xla"
-    if on_gpu and flash_possible and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
-        chosen = "cudnn"
+    if jax.default_backend() == "gpu" and causal_square and half:
+        chosen = "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
     _say_once(chosen, "decode" if q.shape[1] == 1 else "prefill or training")
     return chosen
 

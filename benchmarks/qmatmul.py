@@ -1,0 +1,196 @@
+"""Bandwidth of the few-row 4-bit product on the layer shapes of Qwen-72B, beside the card's own.
+
+    python -m benchmarks.qmatmul             the tilings in use, timed inside one program
+    python -m benchmarks.qmatmul --sweep     candidate tilings, device time of the kernel alone
+
+Weights are a random stack, larger than the card's cache. Bytes are those of codes and scales. One
+program goes through the whole stack many times; its time includes the sum over the parts of k and
+the loop's own small kernels.
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.cli import parse, run
+from qwen_jax.kernels._pallas_qmatmul import split_matmul
+from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.tilings import FORMATS, Tiling, tiling_for
+from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize
+
+SHAPES = {
+    "qkv": (24576, 8192),
+    "wo": (8192, 8192),
+    "up+gate": (49152, 8192),
+    "down": (8192, 24576),
+}
+LAYERS = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Times the few-row int4 product."""
+
+    rows: tuple[int, ...] = (1, 8, 16)  # rows of activations
+    kinds: tuple[str, ...] = ("int4",)  # int4, nf4, int8
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    sweep: bool = False  # try candidate tilings instead of the tuned ones
+    seconds: float = 150.0  # a sweep stops after this
+
+
+# Candidates: blocks, warps, splits, ahead. The first are tried on every number of rows.
+SWEEP = {
+    "qkv": [
+        (3, 16, 4, 4), (3, 16, 4, 2), (3, 8, 4, 4), (2, 12, 4, 4), (2, 8, 4, 4), (2, 8, 4, 8),
+        (1, 12, 2, 8), (1, 24, 2, 8), (1, 24, 2, 4), (1, 16, 4, 8), (2, 16, 4, 2),
+    ],
+    "up+gate": [
+        (3, 16, 4, 4), (3, 16, 2, 4), (3, 8, 4, 4), (2, 12, 4, 4), (2, 8, 2, 4), (1, 24, 1, 8),
+        (1, 24, 2, 8),
+    ],
+    "down": [
+        (2, 16, 8, 4), (2, 16, 8, 2), (1, 16, 4, 8), (2, 8, 8, 4), (2, 8, 8, 8), (4, 8, 8, 4),
+        (1, 8, 8, 8), (2, 8, 12, 4), (1, 16, 8, 4),
+    ],
+    "wo": [
+        (2, 16, 8, 4), (1, 16, 4, 8), (2, 8, 8, 4), (1, 8, 4, 8), (1, 16, 8, 8), (2, 8, 4, 8),
+        (1, 4, 2, 8), (1, 8, 2, 8),
+    ],
+}  # fmt: skip
+
+
+def random_stack(N: int, K: int, kind: str = "int4") -> tuple[jax.Array, jax.Array]:
+    key = jax.random.key(1, impl="rbg")
+    unit = FORMATS[kind].unit
+    codes = jax.random.bits(key, (LAYERS, N // 16, K // unit, 32, 4), jnp.uint32)
+    if kind == "int8":
+        return codes, jax.random.uniform(key, (LAYERS, N), jnp.float32, 0.001, 0.002)
+    loads = (2,) if kind == "nf4" else ()
+    shape = (LAYERS, N // 16, K // 512, *loads, 8, 8)
+    return codes, jax.random.uniform(key, shape, jnp.float32, 0.001, 0.002).astype(jnp.float16)
+
+
+def ceiling() -> float:
+    """Bytes a second of the simplest read: row sums of 4.3 GB."""
+    data = jax.random.bits(jax.random.key(0, impl="rbg"), (1 << 14, 1 << 16), jnp.uint32)
+    return data.nbytes / median_seconds(jax.jit(lambda d: jnp.sum(d, axis=1)), data)
+
+
+def median_seconds(fn, *args) -> float:
+    jax.block_until_ready(fn(*args))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def kernel_seconds(fn, *args: jax.Array) -> float:
+    """Median device time of one call fn(layer, *args), each of another layer."""
+    from jax._src.lib import mosaic_gpu
+
+    cupti = mosaic_gpu._mosaic_gpu_ext
+    indices = [jnp.array([i], jnp.int32) for i in range(LAYERS)]
+    compiled = jax.jit(fn).lower(indices[0], *args).compile()
+    jax.block_until_ready([compiled(i, *args) for i in indices])
+    cupti._cupti_init()
+    try:
+        jax.block_until_ready([compiled(i, *args) for i in indices])
+    finally:
+        times = cupti._cupti_get_timings(True)
+    return float(np.median([t for _, t in times])) / 1e3
+
+
+def program_seconds(fn, x, codes, scale) -> float:
+    """Time of one product with the sum over its parts, inside a program of many."""
+
+    @jax.jit
+    def program(x, codes, scale):
+        def one(layer, total):
+            return total + fn(jnp.reshape(layer, (1,)), x, codes, scale).sum(0)
+
+        def stack(_, total):
+            return jax.lax.fori_loop(0, LAYERS, one, total)
+
+        N = codes.shape[1] * 16
+        return jax.lax.fori_loop(0, 20, stack, jnp.zeros((x.shape[0], N), jnp.float32))
+
+    return median_seconds(program, x, codes, scale) / (20 * LAYERS)
+
+
+def relative_error(fn, M: int, N: int, K: int, kind: str) -> float:
+    w = jax.random.normal(jax.random.key(3), (N, K)) * 0.02
+    q = quantize(w, QuantFormat.named(kind))
+    pack = jax.jit(pack_layer, static_argnums=2)
+    codes, scale = (a[None] for a in pack(q.data, group_scales(q), kind))
+    x = jax.random.normal(jax.random.key(4), (M, K)).astype(jnp.bfloat16)
+    out = fn(jnp.zeros((1,), jnp.int32), x, codes, scale).sum(0)
+    if kind == "int8":
+        out = out * scale[0]
+    with jax.default_matmul_precision("highest"):
+        want = x.astype(jnp.float32) @ dequantize(q, jnp.float32).T
+    return float(jnp.linalg.norm(out - want) / jnp.linalg.norm(want))
+
+
+def sweep(args: Args) -> None:
+    began = time.perf_counter()
+    for name in args.shapes:
+        N, K = SHAPES[name]
+        codes, scale = random_stack(N, K)
+        size = (codes.nbytes + scale.nbytes) / LAYERS
+        for candidate in SWEEP[name]:
+            blocks, warps, splits, ahead = candidate
+            tiling = Tiling(blocks=blocks, warps=warps, splits=splits, ahead=ahead)
+            line = f"{name} {candidate}"
+            for M in args.rows:
+                x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+                fn = functools.partial(split_matmul, tiling=tiling)
+                try:
+                    seconds = kernel_seconds(fn, x, codes, scale)
+                    line += f" | M={M} {seconds * 1e6:.1f} us {size / seconds / 1e12:.2f}"
+                except Exception as e:  # what does not compile must not end the sweep
+                    line += f" | M={M} {type(e).__name__}: {str(e)[:150]}"
+            print(line, flush=True)
+            if time.perf_counter() - began > args.seconds:
+                print("out of time", flush=True)
+                return
+
+
+def table(args: Args) -> None:
+    print("format | shape | rows | tiling | us | TB/s | relative error")
+    for kind, name in itertools.product(args.kinds, args.shapes):
+        N, K = SHAPES[name]
+        codes, scale = random_stack(N, K, kind)
+        size = (codes.nbytes + scale.nbytes) / LAYERS
+        for M in args.rows:
+            try:
+                tiling = tiling_for(M, N, K, kind)
+                fn = functools.partial(split_matmul, tiling=tiling, kind=kind)
+                x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+                seconds = program_seconds(fn, x, codes, scale)
+                cut = dataclasses.astuple(tiling)[:4]
+                line = f"{kind} | {name} | {M} | {cut} | {seconds * 1e6:.1f}"
+                line += f" | {size / seconds / 1e12:.2f}"
+                # The largest weight would need 1.6 GB of float32 for its reference.
+                if args.rows[-1] == M and name != "up+gate":
+                    line += f" | {relative_error(fn, M, N, K, kind):.1e}"
+                print(line, flush=True)
+            except Exception as e:  # one that does not compile must not end the table
+                print(f"{kind} {name} {M}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+
+
+def main(argv=None):
+    args = parse(Args, argv)
+    print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
+    print(f"row sums of 4.3 GB: {ceiling() / 1e12:.2f} TB/s", flush=True)
+    sweep(args) if args.sweep else table(args)
+
+
+if __name__ == "__main__":
+    run(main)

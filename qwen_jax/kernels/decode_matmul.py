@@ -1,0 +1,116 @@
+"""x @ W^T for few rows of x and one layer of a stack of quantized weights: what decode spends its
+time on.
+
+The weights are packed once at load into the order in which the kernel reads them (packing.py), and
+stay stacked: the kernel takes the whole stack and a layer index, because a slice would be copied
+before the call. It knows no model.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.kernels.packing import PackedWeight, unpack_layer
+from qwen_jax.kernels.tilings import tiling_for
+
+# Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py).
+MAX_ROWS = 32
+
+_log = logging.getLogger(__name__)
+
+
+def decode_matmul(
+    x: jax.Array,  # [..., I]
+    w: PackedWeight,
+    layer: jax.Array,  # int32 []
+    *,
+    implementation: str | None = None,  # "mosaic" or "xla"; None chooses
+) -> jax.Array:  # [..., *O], in x's dtype
+    """Multiplies with one layer of a packed stack; sums in float32, rounded once."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = decode_parts(flat, w, layer, implementation=implementation).sum(0)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], *w.out_shape)
+
+
+def decode_parts(
+    x: jax.Array,  # [M, I]
+    w: PackedWeight,
+    layer: jax.Array,  # int32 []
+    *,
+    implementation: str | None = None,
+) -> jax.Array:  # float32 [P, M, N]
+    """The same as P parts whose sum over the first axis is the product: the next operation adds
+    them up as it reads.
+
+    A named implementation never falls back; the automatic choice takes the kernel for up to
+    `MAX_ROWS` rows in bfloat16 on a Hopper card, else dequantizes in front of a GEMM.
+    """
+    if x.ndim != 2 or x.shape[-1] != w.in_size:
+        raise ValueError(f"x is {x.shape}, the packed weight expects [M, {w.in_size}]")
+    chosen = implementation or choose(x, w)
+    if chosen == "mosaic":
+        return _mosaic(x, w, layer)
+    if chosen != "xla":
+        raise ValueError(f"decode_matmul implementation {chosen!r}: expected 'mosaic' or 'xla'")
+    return decode_matmul_xla(x, w, layer)[None]
+
+
+def decode_matmul_xla(
+    x: jax.Array,  # [M, I]
+    w: PackedWeight,
+    layer: jax.Array,  # int32 []
+) -> jax.Array:  # float32 [M, N]
+    """The reference: unpacks the layer in x's dtype in front of a GEMM."""
+    at = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
+    dense = unpack_layer(at(w.codes), at(w.scale), w.kind, x.dtype)[:, : w.in_size]
+    last = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, dense, last, preferred_element_type=jnp.float32)
+
+
+def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
+    from qwen_jax.kernels import _pallas_qmatmul
+
+    M, rows = x.shape[0], _padded_rows(x.shape[0])
+    x = jnp.pad(x, [(0, rows - M), (0, w.padded_size - w.in_size)])
+    tiling = tiling_for(rows, w.rows, w.padded_size, w.kind)
+    index = jnp.asarray(layer, jnp.int32).reshape(1)
+    y = _pallas_qmatmul.split_matmul(index, x, w.codes, w.scale, tiling=tiling, kind=w.kind)
+    y = y[:, :M]
+    if w.kind == "int8":
+        y = y * jax.lax.dynamic_index_in_dim(w.scale, layer, 0, keepdims=False)
+    return y
+
+
+def choose(x: jax.Array, w: PackedWeight) -> str:
+    """The kernel for few rows on a Hopper card, if a tiling divides the weight; XLA otherwise."""
+    few = x.shape[0] <= MAX_ROWS
+    chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "xla"
+    _say_once(chosen, f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}")
+    return chosen
+
+
+def _has_tiling(M: int, w: PackedWeight) -> bool:
+    try:
+        tiling_for(_padded_rows(M), w.rows, w.padded_size, w.kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _padded_rows(M: int) -> int:
+    """Up to 8 rows are one tile whose rest the kernel fills; more come in whole tiles."""
+    return M if M <= 8 else -(-M // 8) * 8
+
+
+def on_hopper(dtype: jnp.dtype) -> bool:
+    """Whether bfloat16 kernels written for sm_90 run here."""
+    if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
+        return False
+    return str(jax.local_devices()[0].compute_capability) == "9.0"
+
+
+@functools.cache
+def _say_once(chosen: str, use: str) -> None:
+    _log.info("quantized products of %s run on %s", use, chosen)

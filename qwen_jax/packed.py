@@ -1,0 +1,202 @@
+"""The decoder on packed quantized weights: generation on one card, at the speed of its memory.
+
+    params["layers"] = {"ln_1", "ln_2": [L, D],
+                        "attn": {"wqkv": PackedWeight, "bqkv": [L, 3, N, H], "wo": PackedWeight},
+                        "mlp": {"up_gate": PackedWeight, "down": PackedWeight}}
+
+The rest of the tree is that of params.py. The mathematics is model.py's; what differs is that the
+scan runs over layer numbers and every large product reads the whole stack at that number, so that
+nothing is copied, and that up and gate are one product. It knows no sampling and no LoRA.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qwen_jax import cache as kv
+from qwen_jax import model
+from qwen_jax.cache import KVCache
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.append_attention import Stacks, append_attention
+from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.decode_attention import decode_attention
+from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts, on_hopper
+from qwen_jax.kernels.packing import PackedWeight, can_pack, pack
+from qwen_jax.kernels.residual_norm import residual_norm
+from qwen_jax.model import (
+    Params,
+    embed,
+    logn_scale,
+    ntk_row,
+    rms_norm,
+    rope,
+    rope_angles,
+)
+from qwen_jax.quant import QTensor, QuantFormat, quantize
+
+# Up to this many new tokens a row read the cache with the decode kernel, one query after another.
+_FEW_TOKENS = 16
+_HEAD = QuantFormat.named("int8")
+
+
+def packable(params: Params) -> bool:
+    """Whether these weights have a format that `pack_params` takes."""
+    blocks = (params["layers"]["attn"], params["layers"]["mlp"])
+    weights = [w for block in blocks for w in block.values() if isinstance(w, QTensor)]
+    return len(weights) == 5 and all(can_pack(w) for w in weights)
+
+
+def pays(params: Params, lora: Any, mesh: Mesh | None) -> bool:
+    """Whether packing makes generation faster here: on one Hopper card, without an adapter."""
+    alone = mesh is None or mesh.size == 1
+    return lora is None and alone and on_hopper(params["wte"].dtype) and packable(params)
+
+
+def is_packed(params: Params) -> bool:
+    return isinstance(params["layers"]["attn"]["wqkv"], PackedWeight)
+
+
+def pack_params(params: Params, *, consume: bool = False, int8_head: bool = False) -> Params:
+    """Reorders the quantized weights.
+
+    With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
+    its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
+    half of the bytes that it costs a step, for a change of the logits.
+    """
+    layers, pack_leaf = params["layers"], jax.jit(pack)
+
+    def packed(*leaves: QTensor) -> PackedWeight:
+        out = pack_leaf(*leaves)
+        if consume:
+            jax.block_until_ready(out)
+            for array in jax.tree.leaves(leaves):
+                array.delete()
+        return out
+
+    attn, mlp = layers["attn"], layers["mlp"]
+    head = params["lm_head"]
+    if int8_head:
+        one = jax.jit(lambda w: pack(jax.tree.map(lambda x: x[None], quantize(w, _HEAD))))
+        head = one(head)
+    return params | {
+        "lm_head": head,
+        "layers": {
+            "ln_1": layers["ln_1"],
+            "ln_2": layers["ln_2"],
+            "attn": {
+                "wqkv": packed(attn["wqkv"]),
+                "bqkv": attn["bqkv"],
+                "wo": packed(attn["wo"]),
+            },
+            "mlp": {"up_gate": packed(mlp["up"], mlp["gate"]), "down": packed(mlp["down"])},
+        },
+    }
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """model.unembed, also for a packed head: hidden [..., D] -> logits float32 [..., V]."""
+    head = params["lm_head"]
+    if not isinstance(head, PackedWeight):
+        return model.unembed(params, hidden)
+    with jax.named_scope("unembed"):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return decode_parts(rows, head, jnp.int32(0)).sum(0).reshape(*hidden.shape[:-1], -1)
+
+
+def stacks_of(cache: KVCache) -> Stacks:
+    return cache.k, cache.v, cache.k_scale, cache.v_scale
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,  # int32 [B, T], right-padded
+    cache: KVCache | None,  # None: nothing is kept; the tokens are whole sequences
+    *,
+    counts: jax.Array | None = None,  # int32 [B]: how many of the T tokens are real; default T
+    prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts
+    fresh: bool = False,  # promises an empty cache
+    implementation: str | None = None,  # of all kernels: "mosaic" or "xla"; None chooses
+) -> tuple[jax.Array, KVCache | None]:  # hidden [B, T, D] after the final norm, longer cache
+    """model.forward for packed weights on one device."""
+    B, T = tokens.shape
+    fresh |= cache is None
+    filled = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
+    counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
+    prompt_lengths = counts if prompt_lengths is None else prompt_lengths
+    ntk = ntk_row(cfg, prompt_lengths)
+    if cache is not None:
+        ntk = jnp.where(filled == 0, ntk, cache.ntk)
+    positions = filled[:, None] + jnp.arange(T, dtype=jnp.int32)
+    angles = rope_angles(cfg, positions, ntk)
+    logn = logn_scale(cfg, positions) if cfg.use_logn_attn else jnp.ones((B, T, 1, 1))
+    layers = params["layers"]
+
+    def attend(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
+        if T == 1 and cache is not None:
+            return attend_one(parts, bias, cache, index)
+        bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
+        qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias
+        q, k, v = rope(qkv[:, :, 0], *angles), rope(qkv[:, :, 1], *angles), qkv[:, :, 2]
+        q = q * logn.astype(q.dtype)
+        cache = None if cache is None else kv.write(cache, index, k, v)
+        if fresh:
+            y = attention(q, k, v, q_index=positions, causal_square=True)
+        elif T > _FEW_TOKENS:
+            y = attention(q, *kv.read(cache, index, q.dtype), q_index=positions)
+        else:
+            rows = q.reshape(B * T, *q.shape[2:])
+            # A full row (done, its one token dropped) still sees no more than its slots.
+            visible = jnp.minimum(positions + 1, cache.capacity).reshape(B * T)
+            y = decode_attention(
+                rows, *stacks_of(cache), index, visible, implementation=implementation
+            )
+        return y.reshape(B * T, -1), cache
+
+    def attend_one(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
+        cos, sin = (a.reshape(B, -1) for a in angles)
+        y, (k, v, k_scale, v_scale) = append_attention(
+            parts, bias, cos, sin, logn.reshape(B), stacks_of(cache), index, cache.lengths,
+            implementation=implementation,
+        )  # fmt: skip
+        return y.reshape(B, -1), cache.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+
+    def layer(carry: Any, index: jax.Array) -> Any:
+        # x [B*T, D] lacks the last product, which comes as parts: the norm adds them as it reads.
+        x, parts, cache = carry
+        attn, mlp = layers["attn"], layers["mlp"]
+        with jax.named_scope("attention"):
+            x, y = norm(x, parts, layers["ln_1"], index)
+            parts = decode_parts(y, attn["wqkv"], index, implementation=implementation)
+            y, cache = attend(parts, attn["bqkv"], cache, index)
+            parts = decode_parts(y, attn["wo"], index, implementation=implementation)
+        with jax.named_scope("mlp"):
+            x, y = norm(x, parts, layers["ln_2"], index)
+            up_gate = decode_matmul(y, mlp["up_gate"], index, implementation=implementation)
+            y = up_gate[:, 0] * jax.nn.silu(up_gate[:, 1])
+            parts = decode_parts(y, mlp["down"], index, implementation=implementation)
+        return (x, parts, cache), None
+
+    def norm(x, parts, weight, index):
+        return residual_norm(x, parts, weight, index, cfg.norm_eps, implementation=implementation)
+
+    x = embed(params, tokens, None).reshape(B * T, -1)
+    y = jax.ShapeDtypeStruct((B * T, cfg.ffn_size), x.dtype)
+    down = functools.partial(decode_parts, implementation=implementation)
+    parts = jax.eval_shape(down, y, layers["mlp"]["down"], jnp.int32(0))
+    parts = jnp.zeros(parts.shape, parts.dtype)
+    (x, parts, cache), _ = jax.lax.scan(layer, (x, parts, cache), jnp.arange(cfg.num_layers))
+    x = (x + parts.sum(0).astype(x.dtype)).reshape(B, T, -1)
+    if cache is not None:
+        cache = cache.replace(lengths=filled + counts, ntk=ntk)
+    return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def logits(cfg: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """model.logits for packed weights: tokens int32 [B, T] -> float32 [B, T, V]."""
+    hidden, _ = forward(cfg, params, tokens, None)
+    return unembed(params, hidden)

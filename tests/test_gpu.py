@@ -1,0 +1,99 @@
+"""What only a GPU can show: its step against the same step in float32 on the host's CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from qwen_jax.adapters import LoraConfig, abstract_lora
+from qwen_jax.kernels.attention import attention
+from qwen_jax.params import init_params
+from qwen_jax.quant import QuantFormat
+from qwen_jax.remat import Remat
+from train.step import Compute, loss_and_grads
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU"),
+]
+
+
+def relative_error(a, b) -> float:
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("products, limit", [("bf16", 0.03), ("fp8", 0.15)])
+def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
+    # Wide enough for the kernels: 4-bit weights of whole tiles, heads of 128.
+    cfg = tiny_config(
+        vocab_size=512, hidden_size=512, num_layers=2, num_heads=4, head_dim=128, ffn_size=1024
+    )
+    rng = np.random.default_rng(0)
+    lora = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.02, jnp.float32),
+        abstract_lora(cfg, LoraConfig(rank=8)),
+    )
+    tokens = jnp.asarray(rng.integers(0, 512, (1, 1, 512)), jnp.int32)
+    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool)}
+    params = init_params(cfg, jax.random.key(0), jnp.bfloat16, QuantFormat.named("nf4"))
+
+    def run(device, compute, dtype):
+        placed = jax.device_put((params, lora, batch), device)
+        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, placed[0])
+        step = jax.jit(lambda p, l, b: loss_and_grads(cfg, p, l, b, compute))
+        return jax.device_get(step(cast, *placed[1:]))
+
+    remat = Remat.parse("selective:1,full:1", 2)
+    loss, grads, _ = run(jax.devices()[0], Compute(remat=remat, products=products), jnp.bfloat16)
+    with jax.default_device(jax.devices("cpu")[0]):
+        true_loss, true, _ = run(jax.devices("cpu")[0], Compute(remat=remat), jnp.float32)
+    errors = [
+        relative_error(a, b)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(true), strict=True)
+    ]
+    with capsys.disabled():
+        print(f"\n{products}: loss {loss:.5f} against {true_loss:.5f}, gradients of the leaves off "
+              f"by {min(errors):.4f} to {max(errors):.4f}")  # fmt: skip
+    assert abs(loss - true_loss) < 0.01 * true_loss
+    assert max(errors) < limit
+
+
+def test_packed_rows_on_cudnn_equal_the_reference():
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 256, 4, 64)), jnp.bfloat16) for _ in range(3))
+    segments = jnp.asarray(np.sort(rng.integers(0, 5, (2, 256)), axis=1), jnp.int32)
+    index = jnp.broadcast_to(jnp.arange(256), (2, 256))
+
+    def run(implementation):
+        def f(q, k, v):
+            y = attention(q, k, v, q_index=index, segments=segments, causal_square=True,
+                          implementation=implementation)  # fmt: skip
+            return jnp.sum(y.astype(jnp.float32) ** 2), y
+
+        return jax.grad(f, (0, 1, 2), has_aux=True)(q, k, v)
+
+    (ours, out), (theirs, reference) = run("cudnn"), run("xla")
+    # bfloat16 keeps 8 bits; sums over up to 256 keys.
+    assert relative_error(out, reference) < 0.01
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 0.02
+
+
+def test_kept_attention_is_not_computed_again():
+    """The policy knows cuDNN's primitive by name: a new name would cost time in silence."""
+    cfg = tiny_config(head_dim=64, num_heads=2, hidden_size=128, num_layers=2)
+    params = init_params(cfg, jax.random.key(0), jnp.bfloat16)
+    lora = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), abstract_lora(cfg, LoraConfig(rank=8))
+    )
+    tokens = jnp.zeros((1, 1, 128), jnp.int32)
+    batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool)}
+
+    def forward_calls(level: str) -> int:
+        compute = Compute(remat=Remat.parse(level, 2))
+        step = jax.jit(lambda l, b: loss_and_grads(cfg, params, l, b, compute))
+        return step.lower(lora, batch).as_text().count("__cudnn$fmhaSoftmax(")
+
+    assert forward_calls("full") == 2 * forward_calls("attention") > 0

@@ -1,0 +1,139 @@
+"""The kernels of decode on a Hopper card, each against its reference in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import packed
+from qwen_jax.cache import init_cache
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.append_attention import append_attention
+from qwen_jax.kernels.decode_attention import decode_attention, decode_attention_xla
+from qwen_jax.kernels.decode_matmul import decode_matmul, on_hopper
+from qwen_jax.kernels.packing import pack
+from qwen_jax.kernels.residual_norm import residual_norm, residual_norm_xla
+from qwen_jax.params import init_params
+from qwen_jax.quant import QuantFormat, dequantize, quantize, quantize_heads
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not on_hopper(jnp.bfloat16), reason="needs a Hopper card"),
+]
+
+
+def relative_error(a, b) -> float:
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def poison():
+    """Fills free device memory with NaN, so that what a kernel leaves out is seen."""
+    jax.block_until_ready(jnp.full((1 << 28,), jnp.nan, jnp.float32)).delete()
+
+
+def normal(seed, shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize(("N", "K"), [(1024, 1024), (256, 5 * 128), (512, 43 * 128)])
+def test_products(kind, N, K):
+    """Odd numbers of groups are padded; from 33 rows on XLA's way is taken."""
+    q = jax.vmap(lambda w: quantize(w, QuantFormat.named(kind)))(normal(0, (3, N, K), jnp.float32))
+    w = pack(q)
+    dense = dequantize(jax.tree.map(lambda x: x[1], q), jnp.float32)
+    for M in (1, 2, 8, 9, 16, 32, 64):
+        x = normal(M, (M, K))
+        poison()
+        name = "mosaic" if M <= 32 else None
+        got = jax.jit(lambda x: decode_matmul(x, w, jnp.int32(1), implementation=name))(x)  # noqa: B023
+        with jax.default_matmul_precision("highest"):
+            want = x.astype(jnp.float32) @ dense.T
+        assert relative_error(got, want) < 4e-3, (kind, M)  # the rounding of the result to bfloat16
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_attention_at_many_lengths(quantized):
+    L, B, S, N, H = 2, 2, 4100, 3, 128
+    q = normal(0, (6, N, H))
+    stacks = [normal(1, (L, B, S, N, H)), normal(2, (L, B, S, N, H)), None, None]
+    if quantized:
+        pairs = [quantize_heads(x) for x in stacks[:2]]
+        stacks = [codes for codes, _ in pairs] + [scale for _, scale in pairs]
+    for lengths in (
+        [1, 2, 3, 8, 9, 63],
+        [64, 65, 127, 128, 129, 1000],
+        [4095, 4096, 4097, 17, 1, 4100],
+    ):
+        visible = jnp.array(lengths, jnp.int32)
+        poison()
+        got = decode_attention(q, *stacks, jnp.int32(1), visible, implementation="mosaic")
+        with jax.default_matmul_precision("highest"):
+            want = decode_attention_xla(q.astype(jnp.float32), *stacks, jnp.int32(1), visible)
+        assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_attention_that_writes_its_token(quantized):
+    L, B, S, N, H = 2, 4, 70, 3, 128
+    stacks = [normal(1, (L, B, S, N, H)), normal(2, (L, B, S, N, H)), None, None]
+    if quantized:
+        pairs = [quantize_heads(x) for x in stacks[:2]]
+        stacks = [codes for codes, _ in pairs] + [scale for _, scale in pairs]
+    parts = normal(3, (3, B, 3 * N * H), jnp.float32)
+    angle = jax.random.uniform(jax.random.key(4), (B, H // 2)) * 6
+    args = (parts, normal(5, (L, 3, N, H)), jnp.cos(angle), jnp.sin(angle), jnp.linspace(1, 1.3, B))
+    filled = jnp.array([0, 1, 69, 70])  # the last row is full: nothing is written
+    results = {}
+    for name in ("xla", "mosaic"):
+        poison()
+        results[name] = append_attention(
+            *args, tuple(stacks), jnp.int32(1), filled, implementation=name
+        )
+    assert relative_error(results["mosaic"][0], results["xla"][0]) < 6e-3
+    for got, want, old in zip(results["mosaic"][1], results["xla"][1], stacks, strict=True):
+        if old is None:
+            continue
+        got, want, old = (np.asarray(x, np.float32) for x in (got, want, old))
+        np.testing.assert_allclose(got, want, rtol=1e-2, atol=1.0 if old.ndim == 5 else 1e-2)
+        new = np.zeros(old.shape, bool)
+        for row, slot in ((0, 0), (1, 1), (2, 69)):
+            new[1, row, slot] = True
+        np.testing.assert_array_equal(got[~new], old[~new])
+        assert (got[new] != old[new]).mean() > 0.8
+
+
+@pytest.mark.parametrize("D", [512, 5120, 8192])
+def test_residual_and_norm(D):
+    x, parts = normal(0, (5, D)), normal(1, (3, 5, D), jnp.float32)
+    weight = normal(2, (2, D))
+    poison()
+    got = residual_norm(x, parts, weight, jnp.int32(1), 1e-6, implementation="mosaic")
+    want = residual_norm_xla(x, parts, weight, jnp.int32(1), 1e-6)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 2e-3
+
+
+@pytest.mark.parametrize("cache_dtype", [jnp.bfloat16, jnp.int8])
+def test_steps_of_a_small_model(cache_dtype):
+    """Kernels against references through prefill, single tokens and a draft of three."""
+    cfg = ModelConfig(
+        vocab_size=512, hidden_size=512, num_layers=2, num_heads=4, head_dim=128, ffn_size=1024
+    )
+    params = init_params(cfg, jax.random.key(0), jnp.bfloat16, QuantFormat.named("int4"))
+    params = packed.pack_params(params)
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 512)
+    hidden = {}
+    for name in ("xla", "mosaic"):
+        cache = init_cache(cfg, 2, 64, cache_dtype)
+        _, cache = packed.forward(
+            cfg, params, tokens, cache, counts=jnp.array([24, 19]), fresh=True, implementation="xla"
+        )
+        outs = []
+        for width in (1, 1, 3, 1):
+            step = tokens[:, :width]
+            out, cache = packed.forward(cfg, params, step, cache, implementation=name)
+            outs.append(out)
+        hidden[name] = np.concatenate([np.asarray(x, np.float32) for x in outs], axis=1)
+    assert relative_error(hidden["mosaic"], hidden["xla"]) < 0.03

@@ -1,0 +1,160 @@
+"""The bodies of the decode kernels, interpreted on the CPU, against their references."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ptx_interpreter import Launch, interpreted
+
+from qwen_jax.kernels import _pallas_append_attention as append_body
+from qwen_jax.kernels import _pallas_decode_attention as attention_body
+from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
+from qwen_jax.kernels import _pallas_residual_norm as norm_body
+from qwen_jax.kernels.append_attention import append_attention
+from qwen_jax.kernels.decode_attention import decode_attention_xla
+from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.residual_norm import residual_norm_xla
+from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
+
+BF16 = np.dtype(jnp.bfloat16)
+SHARED = ("shared", 512)
+
+
+def normal(seed, shape, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def relative_error(a, b) -> float:
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize(
+    ("M", "cut"), [(1, (1, 4, 1, 8)), (8, (2, 4, 2, 4)), (3, (1, 4, 2, 2)), (16, (1, 8, 1, 4))]
+)
+def test_products(monkeypatch, kind, M, cut):
+    blocks, warps, splits, ahead = cut
+    N, K = 256, 1024
+    tiling = qmatmul_body.Tiling(blocks=blocks, warps=warps, splits=splits, ahead=ahead)
+    fmt = qmatmul_body.FORMATS[kind]
+    tiling.check(N, K, fmt.chunk)
+    w = [quantize(normal(i, (N, K)), QuantFormat.named(kind)) for i in range(2)]
+    packed = [pack_layer(q.data, group_scales(q), kind) for q in w]
+    codes, scale = (np.stack([np.asarray(p[i]) for p in packed]) for i in range(2))
+    x = normal(5, (M, K), BF16)
+    body = qmatmul_body._Body(M=M, N=N, K=K, tiling=tiling, fmt=fmt)
+    launch = Launch(N // tiling.rows * splits, warps * 32, body.smem_bytes + 512)
+    refs = [launch.array(a) for a in (np.array([1], np.int32), x, codes)]
+    if fmt.scale_loads:
+        refs.append(launch.array(scale))
+    if kind == "nf4":
+        refs.append(launch.array(qmatmul_body._nf4_pairs()))
+    out = launch.array(np.full((splits, M, N), np.nan, np.float32))
+    with interpreted(launch, monkeypatch, qmatmul_body):
+        body(None, *refs, out, SHARED)
+    got = launch.read(out).sum(0)
+    if kind == "int8":
+        got = got * scale[1]
+    want = x.astype(np.float64) @ np.asarray(dequantize(w[1], jnp.float32), np.float64).T
+    # nf4's table holds bfloat16 values and its scales are float16; the others are exact.
+    assert relative_error(got, want) < (3e-3 if kind == "nf4" else 1e-5)
+
+
+def stacks_of(quantized, L, B, S, N):
+    stacks = [jnp.asarray(normal(i, (L, B, S, N, 128)), jnp.bfloat16) for i in (1, 2)]
+    if not quantized:
+        return [*stacks, None, None]
+    pairs = [quantize_heads(x) for x in stacks]
+    return [codes for codes, _ in pairs] + [scale for _, scale in pairs]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("warps", "splits"), [(4, 1), (8, 1), (4, 2)])
+def test_attention_at_many_lengths(monkeypatch, quantized, warps, splits):
+    L, B, S, N, R = 2, 2, 150, 2, 6
+    q = normal(0, (R, N, 128), BF16)
+    stacks = stacks_of(quantized, L, B, S, N)
+    visible = np.array([1, 8, 9, 64, 65, 150], np.int32)
+    body = attention_body.Body(B=B, S=S, N=N, R=R, quantized=quantized, warps=warps, splits=splits)
+    shared = (warps + 1) * attention_body.PART * 4
+    launch = Launch(R * N * splits, warps * 32, shared + 512, splits)
+    arrays = [
+        np.array([1], np.int32),
+        visible,
+        q,
+        *(np.asarray(s) for s in stacks if s is not None),
+    ]
+    refs = [launch.array(a) for a in arrays]
+    out = launch.array(np.full((R, N, 128), np.nan, BF16))
+    with interpreted(launch, monkeypatch, attention_body):
+        body(None, *refs, out, SHARED)
+    want = decode_attention_xla(
+        jnp.asarray(q, jnp.float32), *stacks, jnp.int32(1), jnp.asarray(visible)
+    )
+    assert relative_error(launch.read(out), want) < 4e-3  # the rounding of the result to bfloat16
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(("warps", "splits"), [(4, 1), (8, 2)])
+def test_attention_that_writes_its_token(monkeypatch, quantized, warps, splits):
+    L, B, S, N, P = 2, 4, 70, 2, 3
+    stacks = stacks_of(quantized, L, B, S, N)
+    parts = normal(3, (P, B, 3 * N * 128))
+    bias = normal(5, (L, 3, N, 128), BF16)
+    angle = np.random.default_rng(4).uniform(size=(B, 64)) * 6
+    angles = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    factor = np.linspace(1, 1.3, B, dtype=np.float32)
+    filled = np.array([0, 1, 69, 70], np.int32)  # the last row is full: nothing is written
+    body = append_body.AppendBody(
+        B=B, S=S, N=N, R=B, P=P, quantized=quantized, warps=warps, splits=splits
+    )
+    shared = (warps + 1) * attention_body.PART * 4
+    launch = Launch(B * N * splits, warps * 32, shared + 512, splits)
+    arrays = [np.array([1], np.int32), filled + 1, parts, bias, angles, factor]
+    refs = [launch.array(a) for a in arrays]
+    caches = [launch.array(np.asarray(s)) for s in stacks if s is not None]
+    out = launch.array(np.full((B, N, 128), np.nan, BF16))
+    with interpreted(launch, monkeypatch, attention_body, append_body):
+        body(None, *refs, *caches, out, SHARED)
+    want, written = append_attention(
+        jnp.asarray(parts), jnp.asarray(bias), jnp.asarray(angles[:, :64]),
+        jnp.asarray(angles[:, 64:]), jnp.asarray(factor), tuple(stacks), jnp.int32(1),
+        jnp.asarray(filled), implementation="xla",
+    )  # fmt: skip
+    assert relative_error(launch.read(out), want) < 6e-3
+    for ref, reference in zip(caches, [x for x in written if x is not None], strict=True):
+        got, reference = (np.asarray(x, np.float32) for x in (launch.read(ref), reference))
+        # A product that is fused with a sum may round the other way: one step of the last bit.
+        assert (got != reference).mean() < 1e-3
+        np.testing.assert_allclose(got, reference, rtol=2**-7, atol=1.0 if quantized else 1e-6)
+
+
+@pytest.mark.parametrize("D", [512, 1536, 8192])
+def test_residual_and_norm(monkeypatch, D):
+    M, P = 3, 2
+    x, parts = normal(0, (M, D), BF16), normal(1, (P, M, D))
+    weight = normal(2, (2, D), BF16)
+    splits = next(s for s in (8, 4, 2, 1) if D % (512 * s) == 0)
+    threads = D // (4 * splits)
+    body = norm_body._Body(P=P, M=M, D=D, splits=splits, threads=threads, eps=1e-6)
+    launch = Launch(M * splits, threads, 256 + 512, splits)
+    refs = [launch.array(a) for a in (np.array([1], np.int32), x, parts, weight)]
+    outs = [launch.array(np.full((M, D), np.nan, BF16)) for _ in range(2)]
+    with interpreted(launch, monkeypatch, norm_body):
+        body(None, *refs, *outs, SHARED)
+    want = residual_norm_xla(*map(jnp.asarray, (x, parts, weight)), jnp.int32(1), 1e-6)
+    np.testing.assert_array_equal(launch.read(outs[0]), np.asarray(want[0]))
+    assert relative_error(launch.read(outs[1]), want[1]) < 2e-3
+
+
+def test_reads_outside_an_array_are_seen(monkeypatch):
+    from qwen_jax.kernels import _pallas_ptx as ptx
+
+    launch = Launch(1, 32, 0)
+    ref = launch.array(np.zeros(31, np.float32))
+    with interpreted(launch, monkeypatch):
+        at = ptx.add(ptx.address(ref), ptx.mul(ptx.wide(ptx.thread()[0]), 4))
+        with pytest.raises(AssertionError, match="outside every array"):
+            ptx.asm("ld.global.f32 $0, [$1];", [at], [ptx.f32()])
+    assert jax.default_backend()  # the real words are back

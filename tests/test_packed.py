@@ -1,0 +1,143 @@
+"""The decoder on packed weights against the ordinary one, and the parts it is made of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwen_jax import model, packed
+from qwen_jax.cache import init_cache
+from qwen_jax.config import ModelConfig
+from qwen_jax.kernels.decode_attention import decode_attention
+from qwen_jax.kernels.decode_matmul import decode_matmul
+from qwen_jax.kernels.packing import pack, pack_layer, unpack_layer
+from qwen_jax.params import init_params
+from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
+
+INT4 = QuantFormat.named("int4")
+CFG = ModelConfig(
+    vocab_size=96, hidden_size=128, num_layers=3, num_heads=2, head_dim=64, ffn_size=384,
+    seq_length=16, use_dynamic_ntk=True, use_logn_attn=True,
+)  # fmt: skip
+
+
+def stack(key, kind, L, *shape):
+    w = jax.random.normal(jax.random.key(key), (L, *shape))
+    parts = [quantize(w[i], QuantFormat.named(kind)) for i in range(L)]
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+
+def one_layer(q, index):
+    return dequantize(jax.tree.map(lambda x: x[index], q), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("size", [512, 1024, 128, 640])
+def test_packing_loses_nothing_and_pads_with_zeros(kind, size):
+    q = quantize(jax.random.normal(jax.random.key(0), (48, size)), QuantFormat.named(kind))
+    w = unpack_layer(*pack_layer(q.data, group_scales(q), kind), kind, jnp.float32)
+    # The scales of nf4 are kept as float16: 11 bits of 24.
+    np.testing.assert_allclose(
+        w[:, :size], dequantize(q, jnp.float32), rtol=2**-11 if kind == "nf4" else 0
+    )
+    assert w.shape[1] % 256 == 0 and not w[:, size:].any()
+
+
+def test_a_word_holds_the_operand_of_one_tensor_core_product():
+    # PTX ISA, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds of A the pairs (row g, k 2t),
+    # (row g + 8, k 2t), (row g, k 2t + 8), (row g + 8, k 2t + 8). Inputs are permuted: what the
+    # hardware calls k 2t .. 2t + 1 and 2t + 8 .. 2t + 9 are inputs 8 t + 4 h .. 8 t + 4 h + 3.
+    codes = np.random.default_rng(0).integers(0, 16, (16, 512)).astype(np.uint8)
+    data = codes[:, 0::2] | codes[:, 1::2] << 4
+    words, _ = pack_layer(jnp.asarray(data), jnp.ones((16, 4), jnp.float16), "int4")
+    for unit, lane, word in [(0, 0, 0), (3, 17, 1), (7, 31, 3), (5, 6, 2)]:
+        g, t, b, h = lane // 4, lane % 4, word // 2, word % 2
+        first = unit * 64 + b * 32 + t * 8 + h * 4
+        value = int(words[0, unit, lane, word])
+        for register, (row, k) in enumerate([(g, 0), (g + 8, 0), (g, 2), (g + 8, 2)]):
+            assert value >> (4 * register) & 15 == codes[row, first + k]
+            assert value >> (4 * register + 16) & 15 == codes[row, first + k + 1]
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+def test_product_with_one_layer_of_a_packed_stack(kind):
+    q = stack(1, kind, 3, 2, 24, 256)
+    w = pack(q)
+    x = jax.random.normal(jax.random.key(2), (5, 1, 256))
+    for layer in range(3):
+        want = jnp.einsum("bti,noi->btno", x, one_layer(q, layer), precision="highest")
+        got = decode_matmul(x, w, jnp.int32(layer))
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=0.03 if kind == "nf4" else 1e-4)
+
+
+def test_two_weights_packed_as_one():
+    up, gate = stack(3, "int4", 2, 32, 128), stack(4, "int4", 2, 32, 128)
+    x = jax.random.normal(jax.random.key(5), (4, 128))
+    both = decode_matmul(x, pack(up, gate), jnp.int32(1))
+    for i, q in enumerate((up, gate)):
+        np.testing.assert_allclose(both[:, i], decode_matmul(x, pack(q), jnp.int32(1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decode_attention_sees_filled_slots_only(tokens):
+    L, B, S, N, H = 2, 3, 20, 2, 8
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(B * tokens, N, H), (L, B, S, N, H), (L, B, S, N, H)])
+    )
+    visible = jnp.array([1, 7, 20, 4, 5, 6, 18, 19, 20][: B * tokens])
+    poisoned = jnp.where(jnp.arange(S)[:, None, None] < 20, k, jnp.nan)
+    got = decode_attention(q, poisoned, v, None, None, jnp.int32(1), visible)
+    for r in range(B * tokens):
+        b, n = r // tokens, int(visible[r])
+        scores = np.einsum("nh,snh->ns", q[r], k[1, b, :n]) / np.sqrt(H)
+        weights = np.exp(scores - scores.max(1, keepdims=True))
+        want = np.einsum("ns,snh->nh", weights / weights.sum(1, keepdims=True), v[1, b, :n])
+        np.testing.assert_allclose(got[r], want, rtol=1e-4, atol=1e-5)
+
+
+def test_int8_heads_are_within_half_a_step():
+    x = jax.random.normal(jax.random.key(0), (5, 3, 64)).at[0, 0].set(0.0)
+    codes, scale = quantize_heads(x)
+    step = scale.astype(jnp.float32)[..., None]
+    # The stored scale may be rounded down by 2^-9, then the largest code is cut at 127.
+    assert (jnp.abs(codes * step - x) <= step * (0.5 + 127 / 256)).all()
+    assert jnp.abs(codes * step - x).mean() < 0.3 * step.mean()
+
+
+@pytest.mark.parametrize("cache_dtype", [jnp.float32, jnp.int8])
+def test_packed_decoder_gives_what_the_ordinary_one_gives(cache_dtype):
+    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    small = packed.pack_params(params)
+    assert packed.is_packed(small) and packed.packable(params)
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)
+    counts = jnp.array([24, 19])
+    caches = [init_cache(CFG, 2, 32, cache_dtype) for _ in range(2)]
+    want, caches[0] = model.forward(CFG, params, None, tokens, caches[0], counts=counts)
+    got, caches[1] = packed.forward(CFG, small, tokens, caches[1], counts=counts, fresh=True)
+    loose = 1e-4 if cache_dtype == jnp.float32 else 0.05
+    for b, n in enumerate((24, 19)):
+        np.testing.assert_allclose(got[b, :n], want[b, :n], rtol=loose, atol=loose)
+    for width in (1, 1, 3):
+        step = jax.random.randint(jax.random.key(width), (2, width), 0, CFG.vocab_size)
+        want, caches[0] = model.forward(CFG, params, None, step, caches[0])
+        got, caches[1] = packed.forward(CFG, small, step, caches[1])
+        np.testing.assert_allclose(got, want, rtol=loose, atol=loose)
+        np.testing.assert_array_equal(caches[0].lengths, caches[1].lengths)
+
+
+def test_logits_of_whole_sequences():
+    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)
+    want = model.logits(CFG, params, None, tokens)
+    got = packed.logits(CFG, packed.pack_params(params, consume=True), tokens)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_int8_head_agrees_on_nearly_every_likeliest_token():
+    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, CFG.vocab_size)
+    want = model.logits(CFG, params, None, tokens)
+    got = packed.logits(CFG, packed.pack_params(params, int8_head=True), tokens)
+    assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
+    assert (got.argmax(-1) == want.argmax(-1)).mean() > 0.95

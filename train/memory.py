@@ -1,0 +1,149 @@
+"""The memory of a training step, computed before anything is loaded, and the remat that it allows.
+
+The sum follows what XLA keeps at the fullest moment, the backward pass of a layer: the weights, the
+optimizer state, what the layers kept, and one layer's worth of work. Checked against the peak of
+real runs in docs/benchmarks.md.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.adapters import LoraConfig, abstract_lora
+from qwen_jax.config import ModelConfig
+from qwen_jax.memory import GB, Budget, abstract_mesh, device_bytes, weight_bytes
+from qwen_jax.params import param_table
+from qwen_jax.quant import QuantFormat
+from qwen_jax.remat import Remat, saved_values
+from train.arguments import Args
+from train.loss import CHUNK_TOKENS
+from train.plan import ModelPlan
+
+REMEDY = (
+    "use --remat full, a smaller --per_device_train_batch_size or --cutoff_len, "
+    "--offload_embedding, --quantization_bit 4, or more devices (--mesh fsdp=N)"
+)
+# Kept free for the allocator's gaps and what cuDNN and cuBLAS ask for themselves.
+MARGIN = 0.03
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Everything that decides the memory of a step."""
+
+    cfg: ModelConfig
+    format: QuantFormat | None
+    dtype: Any  # of activations and of plain weights
+    lora: LoraConfig
+    sizes: dict[str, int]  # mesh axis -> devices
+    rows: int  # of a micro batch on one device
+    length: int  # tokens of a row
+    accumulation: int = 1
+    offload_embedding: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @property
+    def item(self) -> int:
+        return np.dtype(self.dtype).itemsize
+
+    def saved_bytes(self, level: str) -> int:
+        """What one layer keeps on one device; the named values are cut over the tensor axis."""
+        inside = saved_values(self.cfg, level) // self.sizes["tensor"]
+        statistics = 4 * self.cfg.num_heads if level != "full" else 0
+        return self.tokens * ((self.cfg.hidden_size + inside) * self.item + statistics)
+
+    def budget(self, remat: Remat, limit: int = 0) -> Budget:
+        """All of it, for one device."""
+        cfg = self.cfg
+        weights = weight_bytes(cfg, self.dtype, self.format, self.sizes)
+        if self.offload_embedding:
+            del weights["embedding"]
+        pairs = device_bytes(abstract_lora(cfg, self.lora, mesh=abstract_mesh(self.sizes)))
+        kept = sum(count * self.saved_bytes(level) for count, level in remat.runs)
+        accumulator = pairs if self.accumulation > 1 else 0
+        return Budget(
+            {
+                **weights,
+                "LoRA and its moments": 3 * pairs,
+                "LoRA gradients and casts": pairs + pairs * self.item // 2 + accumulator,
+                f"kept for the backward pass, {remat}": kept,
+                "work of one layer and of the loss": max(self._layer(), self._loss()),
+            },
+            limit,
+        )
+
+    def _layer(self) -> int:
+        """The weights of a layer in the compute dtype, and its activations in the backward pass."""
+        cfg, tensor = self.cfg, self.sizes["tensor"]
+        weights = 0
+        if self.format is not None or self.sizes["fsdp"] > 1:
+            linear = [spec for spec in param_table(cfg) if spec.role == "linear"]
+            weights = sum(int(np.prod(spec.shape)) for spec in linear) // tensor
+        activations = self.tokens * (4 * cfg.ffn_size + 4 * cfg.attention_size) // tensor
+        return (weights + activations + 2 * self.tokens * cfg.hidden_size) * self.item
+
+    def _loss(self) -> int:
+        """Logits of a chunk in float32, their gradient in the compute dtype."""
+        vocabulary = self.cfg.vocab_size // self.sizes["tensor"]
+        chunk = min(self.tokens, CHUNK_TOKENS)
+        return chunk * vocabulary * (4 + self.item) + 3 * self.tokens * self.cfg.hidden_size * 4
+
+    def choose_remat(self, limit: int) -> Remat:
+        """The fastest that fits in `limit` bytes: as many layers as possible keep their products.
+
+        A kept product saves D multiply-adds a value; kept attention saves about half a sequence of
+        them, at half the rate of a GEMM. So long sequences keep attention first.
+        """
+        layers = self.cfg.num_layers
+        full = Remat.parse("full", layers)
+        if not limit:
+            return full
+        base = "attention" if 2 * self.length > self.cfg.hidden_size else "full"
+        room = limit * (1 - MARGIN) - self.budget(full).total
+        step = self.saved_bytes(base) - self.saved_bytes("full")
+        if base == "attention" and room < layers * step:
+            attention = int(room // step)
+            return _mixed(layers, ("attention", max(0, attention)), "full")
+        room -= layers * step
+        kept = int(room // (self.saved_bytes("selective") - self.saved_bytes(base)))
+        return _mixed(layers, ("selective", max(0, kept)), base)
+
+
+def workload(args: Args, model: ModelPlan, sizes: dict[str, int], length: int) -> Workload:
+    """The workload of a run whose longest padded row has `length` tokens."""
+    return Workload(
+        cfg=model.manifest.config,
+        format=model.format,
+        dtype=model.dtype,
+        lora=model.lora,
+        sizes=sizes,
+        rows=args.per_device_train_batch_size,
+        length=length,
+        accumulation=args.gradient_accumulation_steps,
+        offload_embedding=args.offload_embedding,
+    )
+
+
+def decide(
+    args: Args, model: ModelPlan, sizes: dict[str, int], length: int, limit: int
+) -> tuple[Remat, Budget]:
+    """The remat of a run and its memory on a device that offers `limit` bytes (0: unknown)."""
+    work = workload(args, model, sizes, length)
+    if args.device_memory:
+        limit = int(args.device_memory * GB)
+    if args.remat == "auto":
+        remat = work.choose_remat(limit)
+    else:
+        remat = Remat.parse(args.remat, work.cfg.num_layers)
+    return remat, work.budget(remat, limit)
+
+
+def _mixed(layers: int, first: tuple[str, int], rest: str) -> Remat:
+    level, count = first
+    count = min(count, layers)
+    runs = [(count, level), (layers - count, rest)]
+    return Remat(tuple(run for run in runs if run[0] > 0))
