@@ -217,7 +217,8 @@ class CheckpointWriter:
         return json.loads(json.dumps(about | {"files": files}))
 
     def _forget_damaged_parts(self) -> None:
-        for path in self._params.rglob("*.__lock"):  # files that a killed run had not finished
+        # Files that a killed run had not finished: of arrays, and of its manifest.
+        for path in (*self._params.rglob("*.__lock"), *self._staging.folder.glob(".*.partial")):
             path.unlink()
         for name, part in list(self._journal.parts.items()):
             try:

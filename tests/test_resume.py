@@ -13,7 +13,7 @@ import time
 import pytest
 
 from convert import hf_to_flax
-from qwen_jax import checkpoint_writer, staging
+from qwen_jax import checkpoint_writer, files, staging
 from qwen_jax.errors import InputError
 from qwen_jax.journal import Journal
 from qwen_jax.staging import StagedFolder
@@ -104,6 +104,15 @@ def before_the_manifest():
     dying_at(checkpoint_writer, "write_json", 0, before=True)
 
 
+def inside_the_manifest():
+    def replace(source, target):
+        if pathlib.Path(target).name == "manifest.json":
+            die()
+        original(source, target)
+
+    original, files.os.replace = files.os.replace, replace
+
+
 def before_the_rename():
     dying_at(StagedFolder, "commit", 0, before=True)
 
@@ -128,6 +137,7 @@ POINTS = [
     cut_off_a_line,
     after_some_records,
     before_the_manifest,
+    inside_the_manifest,
     before_the_rename,
     after_the_rename,
 ]

@@ -1,0 +1,31 @@
+"""What `import qwen_jax` offers, on bad input."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qwen_jax
+from convert import hf_to_flax
+from demo.tiny_checkpoint import write_tiny_checkpoint
+from qwen_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api")
+    write_tiny_checkpoint(folder / "hf", hidden_size=64, num_layers=1, tokenizer=False)
+    hf_to_flax.main(["--input", str(folder / "hf"), "--output", str(folder / "ckpt")])
+    return folder / "ckpt"
+
+
+@pytest.mark.parametrize("dtype", ["float16", jnp.float16, np.dtype("float16"), jnp.int8, "int8"])
+def test_dtypes_that_cannot_compute_are_refused(checkpoint, dtype):
+    with pytest.raises(InputError, match="expected one of bfloat16, float32"):
+        qwen_jax.load(checkpoint, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.float32, np.dtype("float32")])
+def test_a_dtype_may_be_given_in_any_form(checkpoint, dtype):
+    logits = qwen_jax.load(checkpoint, dtype=dtype).logits([[1, 2, 3]])
+    assert logits.shape[:2] == (1, 3) and logits.dtype == np.float32
+    assert np.isfinite(np.asarray(logits)).all()
