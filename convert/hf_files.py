@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,6 +26,10 @@ SINGLE_NAME = "model.safetensors"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
+class BadWeights(InputError):
+    """Values that no model has: running again cannot help."""
+
+
 class HfWeights:
     """The tensors of a Hugging Face folder, checked in whole at open, read piece by piece.
 
@@ -35,12 +39,27 @@ class HfWeights:
     them are not.
     """
 
-    def __init__(self, folder: str | os.PathLike, dtypes: Sequence[str] = FLOAT_DTYPES):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        dtypes: Sequence[str] = FLOAT_DTYPES,
+        *,
+        check_names: Callable[["HfWeights"], None] | None = None,
+    ):
+        """`check_names` comes before the bytes are summed: that sum can only say that something is
+        off, and names and shapes say what."""
         self.folder = pathlib.Path(folder)
         try:
-            self._entries = _open_folder(self.folder, dtypes)
+            self._entries, stated = _open_folder(self.folder, dtypes)
         except OSError as error:
             raise InputError(f"{folder} cannot be read: {error}") from error
+        if check_names is not None:
+            check_names(self)
+        if stated is not None and stated != self.total_bytes:
+            raise InputError(
+                f"{self.folder / INDEX_NAME} says total_size {quote(stated)} but the shards have "
+                f"{self.total_bytes} bytes: they are of different models, download both again"
+            )
 
     @property
     def total_bytes(self) -> int:
@@ -120,20 +139,23 @@ def check_finite(array: np.ndarray, name: str, first_row: int = 0) -> None:
             index = [int(i) for i in np.unravel_index(place, array.shape)]
             if index:
                 index[0] += first_row
-            raise InputError(
+            raise BadWeights(
                 f"tensor {name!r} has {value} at {index}; expected finite numbers only: "
                 "the checkpoint is damaged or its training diverged, get another one"
             )
 
 
-def _open_folder(folder: pathlib.Path, dtypes: Sequence[str]) -> dict[str, Entry]:
+def _open_folder(
+    folder: pathlib.Path, dtypes: Sequence[str]
+) -> tuple[dict[str, Entry], int | float | None]:
+    """The tensors by name, and the sum of their bytes if an index states it."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; expected one with config.json and weights")
     if not os.path.lexists(folder / INDEX_NAME):
         single = _find_single(folder)
         if not (entries := read_shard(single, dtypes)):
             raise InputError(f"{single} holds no tensors; expected a model's weights")
-        return entries
+        return entries, None
     weight_map, total_size = _read_index(folder / INDEX_NAME)
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
@@ -150,13 +172,7 @@ def _open_folder(folder: pathlib.Path, dtypes: Sequence[str]) -> dict[str, Entry
         found = read_shard(folder / shard, dtypes)
         _check_against_index(folder / shard, found, weight_map)
         entries |= found
-    total = sum(entry.end - entry.begin for entry in entries.values())
-    if total_size is not None and total_size != total:
-        raise InputError(
-            f"{folder / INDEX_NAME} says total_size {quote(total_size)} but the shards have "
-            f"{total} bytes: they are of different models, download both again"
-        )
-    return entries
+    return entries, total_size
 
 
 def _find_single(folder: pathlib.Path) -> pathlib.Path:

@@ -24,7 +24,7 @@ import numpy as np
 import tqdm
 
 from convert.gptq import Gptq, check_zero_bias, linear_part, linear_tensors, read_gptq
-from convert.hf_files import FLOAT_DTYPES, HfWeights, check_finite
+from convert.hf_files import FLOAT_DTYPES, BadWeights, HfWeights, check_finite
 from convert.host_quant import nf4_scales, rows_into
 from convert.plan import describe, disk_budget
 from convert.stream import Arrays, Part, scratch, stream
@@ -118,7 +118,9 @@ def _progress_kept(writer: CheckpointWriter, output: pathlib.Path) -> Iterator[N
     except (InputError, KeyboardInterrupt) as error:
         if not writer.parts_done:
             raise
-        kept = f"{writer.parts_done} parts are kept in {writer.unfinished}; run the command again"
+        kept = f"{writer.parts_done} parts are kept in {writer.unfinished}"
+        mended = isinstance(error, BadWeights)  # the same files would only fail once more
+        kept += ", for a run on mended weights" if mended else "; run the command again"
         if isinstance(error, InputError):
             raise InputError(f"{error}; {kept}") from error
         print(kept, file=sys.stderr)
@@ -142,7 +144,6 @@ def _kept_format(source: pathlib.Path, gptq: Gptq, fmt: QuantFormat | None) -> Q
 
 def open_weights(source: pathlib.Path, cfg: ModelConfig, gptq: Gptq | None = None) -> HfWeights:
     """Opens a folder that has exactly the table's tensors in their shapes; else InputError."""
-    weights = HfWeights(source, (*FLOAT_DTYPES, "I32") if gptq else FLOAT_DTYPES)
     expected, integers, optional = {}, set(), set()
     for spec in param_table(cfg):
         for layer, name in enumerate(spec.torch_names()):
@@ -155,8 +156,12 @@ def open_weights(source: pathlib.Path, cfg: ModelConfig, gptq: Gptq | None = Non
                 if dtype == "int32":
                     integers.add(f"{module}.{suffix}")
             optional.add(f"{module}.bias")
-    check_names_and_shapes(weights, expected, integers, optional - set(expected))
-    return weights
+
+    def check_names(weights: HfWeights) -> None:
+        check_names_and_shapes(weights, expected, integers, optional - set(expected))
+
+    dtypes = (*FLOAT_DTYPES, "I32") if gptq else FLOAT_DTYPES
+    return HfWeights(source, dtypes, check_names=check_names)
 
 
 def check_names_and_shapes(

@@ -32,8 +32,8 @@ def change_index(**names):
     return change
 
 
-def change_tensor(name, make):
-    """make(tensor) is the new one; None drops it. The index follows."""
+def change_tensor(name, make, total_follows=True):
+    """make(tensor) is the new one; None drops it. The index follows, its sum only if asked."""
 
     def change(folder):
         index = index_of(folder)
@@ -47,7 +47,7 @@ def change_tensor(name, make):
         file.unlink()
         safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
         sizes = [0 if tensor is None else tensor.nbytes for tensor in (old, new)]
-        index["metadata"]["total_size"] += sizes[1] - sizes[0]
+        index["metadata"]["total_size"] += (sizes[1] - sizes[0]) * total_follows
         replace(folder / "model.safetensors.index.json", json.dumps(index))
 
     return change
@@ -74,6 +74,13 @@ SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json
 NORM = "transformer.ln_f.weight"
 
 
+def test_values_that_no_rerun_can_mend_advise_none(home, tmp_path, capsys):
+    source = copied(home / "hf", tmp_path / "hf")
+    change_tensor(NORM, with_one(np.nan))(source)
+    line = stopped(capsys, "convert.hf_to_flax", ["--input", source, "--output", tmp_path / "out"])
+    assert "get another one" in line and "again" not in line
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -92,6 +99,9 @@ NORM = "transformer.ln_f.weight"
         (change_tensor(NORM, lambda t: None), f"lacks {NORM}"),
         (change_tensor("transformer.extra.weight", lambda t: np.ones(2, np.float32)), "extra"),
         (change_tensor(NORM, lambda t: t[:-1].copy()), NORM),
+        # The sum of bytes is off as well then; what helps is the name.
+        (change_tensor(NORM, lambda t: None, total_follows=False), f"lacks {NORM}"),
+        (change_tensor(NORM, lambda t: t[:-1].copy(), total_follows=False), NORM),
         (change_tensor(NORM, with_one(np.nan)), NORM),
         (change_tensor(NORM, with_one(-np.inf)), NORM),
         (change_config(model_type="qwen2"), "Qwen2"),
