@@ -28,7 +28,7 @@ from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
-from qwen_jax.kernels import append_attention
+from qwen_jax.kernels import append_attention, residual_norm
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.params import init_params, tree_bytes
 from qwen_jax.quant import QuantFormat
@@ -53,7 +53,7 @@ class Args:
     dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
-    append: bool = False  # the first batch again, with append_attention's own kernel
+    kernels: tuple[str, ...] = ()  # the first batch again, with these too: append, norm
     check: bool = False  # first compare one layer with its reference
     peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
@@ -237,6 +237,15 @@ def measure(
     }
 
 
+def print_row(cfg: ModelConfig, args: Args, params: dict, name: str, rate: float) -> None:
+    batch, _, cache_dtype = name.partition(":")
+    try:
+        row = measure(cfg, args, params, int(batch), cache_dtype, rate)
+        print(json.dumps(row), flush=True)
+    except Exception as e:  # one row that fails must not hide the others
+        print(f"batch {name}: {type(e).__name__}: {str(e)[:500]}", flush=True)
+
+
 def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
     """Time of one prompt through an empty cache, the head at its last token included."""
 
@@ -301,17 +310,14 @@ def main(argv=None):
     else:
         params = random_packed(cfg, args.int8_head)
     jax.block_until_ready(params)
-    for name in (*args.batch, *args.batch[: int(args.append)]):
-        batch, _, cache_dtype = name.partition(":")
-        try:
-            row = measure(cfg, args, params, int(batch), cache_dtype, rate)
-            print(json.dumps(row), flush=True)
-        except Exception as e:  # one row that fails must not hide the others
-            print(f"batch {name}: {type(e).__name__}: {str(e)[:500]}", flush=True)
-        if name == args.batch[-1] and args.append:
-            print("bias, rotation, cache and attention in one kernel:", flush=True)
-            append_attention.choose = lambda: "mosaic" if not args.toy else "xla"
-            jax.clear_caches()
+    for name in args.batch:
+        print_row(cfg, args, params, name, rate)
+    for kernel in args.kernels:
+        print(f"batch {args.batch[0]}, kernel {kernel} too:", flush=True)
+        module = {"append": append_attention, "norm": residual_norm}[kernel]
+        module.choose = lambda *_: "xla" if args.toy else "mosaic"
+        jax.clear_caches()
+        print_row(cfg, args, params, args.batch[0], rate)
     for tokens in (1, args.verify) if args.verify else ():
         seconds = verify_seconds(cfg, params, args.context, tokens)
         print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)

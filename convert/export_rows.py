@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.hf_files import HfWeights, check_finite
 from convert.hf_writer import StreamedTensor
-from qwen_jax.adapters import Lora
+from qwen_jax.adapters import Lora, merged_weight
 from qwen_jax.checkpoint import StoredParams
 from qwen_jax.config import ModelConfig
 from qwen_jax.layout import row_slices
@@ -25,6 +25,7 @@ from qwen_jax.params import ParamSpec, param_table
 from qwen_jax.quant import NF4_CODE, QTensor, dequantize, group_scales, unpack_nibbles
 
 _BLOCK_ELEMENTS = 2**23
+_merged = jax.jit(merged_weight, static_argnames="dtype")
 Progress = Callable[[int], Any]
 
 
@@ -111,7 +112,7 @@ def _blocks(
         stop = row + len(block)
         if pair is not None:
             b = pair["b"].reshape(-1, pair["b"].shape[-1])[row:stop]
-            block = _merged(block, pair["a"], b, lora.scale, dtype=dtype)
+            block = _merged(block, {"a": pair["a"], "b": b}, lora.scale, dtype=dtype)
         elif block.dtype != dtype:
             block = _rounded(block, dtype=dtype)
         block, row = np.asarray(block), stop
@@ -127,19 +128,6 @@ def layer_pair(lora: Lora, spec: ParamSpec, layer: int) -> dict[str, Any] | None
             return None
         node = node[name]
     return {side: node[side][layer] for side in ("a", "b")}
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _merged(
-    rows: jax.Array,  # [rows, I]
-    a: jax.Array,  # [R, I]
-    b: jax.Array,  # [rows, R]
-    scale: float,
-    *,
-    dtype: np.dtype,
-) -> jax.Array:  # [rows, I]
-    delta = jnp.matmul(b.astype(jnp.float32), a.astype(jnp.float32), precision="highest")
-    return (rows.astype(jnp.float32) + scale * delta).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -26,7 +26,7 @@ import tqdm
 from convert.gptq import Gptq, check_zero_bias, linear_part, linear_tensors, read_gptq
 from convert.hf_files import FLOAT_DTYPES, BadWeights, HfWeights, check_finite
 from convert.host_quant import nf4_scales, rows_into
-from convert.plan import describe, disk_budget
+from convert.plan import print_plan
 from convert.stream import Arrays, Part, scratch, stream
 from qwen_jax.checkpoint_writer import CheckpointWriter
 from qwen_jax.cli import parse, run
@@ -39,8 +39,6 @@ from qwen_jax.quant import QuantFormat
 
 # Buffers of the rotary embedding that some published files carry; they follow from the config.
 _DERIVED_SUFFIX = ".attn.rotary_emb.inv_freq"
-
-_REMEDY = "free some of it, name an --output on another disk, or use --quantize int4 or nf4"
 
 _BLOCK_BYTES = 16_000_000  # of a source tensor, read and quantized at once by one thread
 
@@ -297,8 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plan:
         cfg, gptq = load_hf_config(args.input), read_gptq(args.input)
         fmt = fmt if gptq is None else _kept_format(args.input, gptq, fmt)
-        print(describe(cfg, args.dtype, fmt, args.output))
-        disk_budget(cfg, args.dtype, fmt, args.output).check(_REMEDY)
+        print_plan(cfg, args.dtype, fmt, args.output)
         return
     convert(
         args.input,

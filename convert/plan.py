@@ -9,6 +9,7 @@ from qwen_jax.memory import GB, Budget, weight_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sharding import MESH_AXES
 
+_REMEDY = "free some of it, name an --output on another disk, or use --quantize int4 or nf4"
 # More than the 2.0 GB measured at all of 72B (docs/benchmarks.md).
 HOST_BYTES = 2.5e9
 
@@ -27,11 +28,9 @@ def disk_budget(
     return Budget(items, limit, f"the disk of {output}")
 
 
-def describe(cfg: ModelConfig, dtype: str, fmt: QuantFormat | None, output: pathlib.Path) -> str:
-    """What --plan prints."""
+def print_plan(cfg: ModelConfig, dtype: str, fmt: QuantFormat | None, output: pathlib.Path) -> None:
+    """Prints the plan; InputError, with its numbers, if the disk is too small."""
     budget = disk_budget(cfg, dtype, fmt, output)
-    kind = fmt.kind if fmt else dtype
-    return (
-        f"{output} as {kind}:\n{budget.describe()}\n"
-        f"host memory at most {HOST_BYTES / GB:.1f} GB, whatever the size of the model"
-    )
+    print(f"{output} as {fmt.kind if fmt else dtype}:\n{budget.describe()}")
+    print(f"host memory at most {HOST_BYTES / GB:.1f} GB, whatever the size of the model")
+    budget.check(_REMEDY)

@@ -23,12 +23,13 @@ from convert.compare import Difference, compare_part, torch_name, total_of
 from convert.gptq import read_gptq
 from convert.hf_to_flax import hf_parts, open_weights
 from convert.stream import num_cores
-from qwen_jax.checkpoint import StoredParams, load_manifest
+from qwen_jax.checkpoint import StoredParams
 from qwen_jax.cli import parse, run
 from qwen_jax.config import load_hf_config
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json_object, write_json
 from qwen_jax.layout import StoredLeaf, leaf_checksum, stored_leaves
+from qwen_jax.manifest import load_manifest
 
 _MEMORY_BYTES = 2_000_000_000  # a thread holds one weight twice, 0.8 GB at 72B
 _SHOWN = 20

@@ -179,18 +179,19 @@ def init_lora(
 
 
 def merged_weight(
-    w: np.ndarray | jax.Array,  # [*O, I] of one layer
-    pair: dict[str, Any],  # a [R, I], b [*O, R] of the same layer
+    w: np.ndarray | jax.Array,  # [*O, I] of one layer, or some of its rows
+    pair: dict[str, Any],  # a [R, I], b [*O, R] of the same layer and rows
     scale: float,
+    dtype: Any = None,  # of the result; default that of w
 ) -> jax.Array:
-    """w + scale * b a, summed in float32 and rounded once to w's dtype."""
+    """w + scale * b a, summed in float32 and rounded once."""
     delta = jnp.einsum(
         "...r,ri->...i",
         jnp.asarray(pair["b"], jnp.float32),
         jnp.asarray(pair["a"], jnp.float32),
         precision="highest",
     )
-    return (jnp.asarray(w).astype(jnp.float32) + scale * delta).astype(w.dtype)
+    return (jnp.asarray(w).astype(jnp.float32) + scale * delta).astype(dtype or w.dtype)
 
 
 def save_peft(

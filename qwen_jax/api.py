@@ -22,11 +22,12 @@ from jax.sharding import Mesh
 from qwen_jax import chatml, generation_config, packed
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, load_peft
-from qwen_jax.checkpoint import DTYPES, Manifest, load_manifest, load_params
+from qwen_jax.checkpoint import load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, check_ids, padded_rows
 from qwen_jax.errors import InputError
 from qwen_jax.generation_config import GenerationDefaults
+from qwen_jax.manifest import DTYPES, Manifest, load_manifest
 from qwen_jax.sampling import SamplingParams
 from qwen_jax.sharding import check_tensor_axis, make_mesh, parse_mesh
 from qwen_jax.tokenizer import RANKS_FILE, Tokenizer

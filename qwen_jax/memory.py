@@ -59,6 +59,11 @@ def weight_bytes(
     return out
 
 
+def layer_values(cfg: ModelConfig) -> int:
+    """Weights of the linear layers of one decoder layer: what is dequantized at a time."""
+    return sum(math.prod(spec.shape) for spec in param_table(cfg) if spec.role == "linear")
+
+
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """Named sizes in bytes in one place, and the bytes that it offers (0: unknown)."""

@@ -8,6 +8,7 @@ is that of the embedding; norms, rope angles and softmax run in float32. It know
 tokenizers, files or optimizers.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -276,10 +277,36 @@ def hidden_states(
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where new tokens stand: what follows from the rows' lengths alone, for all layers."""
+
+    positions: jax.Array  # int32 [B, T]
+    ntk: jax.Array  # int32 [B]
+    angles: tuple[jax.Array, jax.Array]
+    logn: jax.Array | None  # float32 [B, T, 1, 1]
+
+    @classmethod
+    def of(
+        cls,
+        cfg: ModelConfig,
+        filled: jax.Array,  # int32 [B]: tokens before these
+        T: int,
+        prompt_lengths: jax.Array,  # int32 [B]
+        ntk_before: jax.Array | None = None,  # int32 [B]: kept by rows that hold tokens already
+    ) -> "Place":
+        ntk = ntk_row(cfg, prompt_lengths)
+        if ntk_before is not None:
+            ntk = jnp.where(filled == 0, ntk, ntk_before)
+        positions = filled[:, None] + jnp.arange(T, dtype=jnp.int32)
+        logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
+        return cls(positions, ntk, rope_angles(cfg, positions, ntk), logn)
+
+
 def forward(
     cfg: ModelConfig,
     params: Params,
-    lora: Lora | None,
+    pairs: Params | None,  # LoRA as `lora_layers` gives it: made once, not for every token
     tokens: jax.Array,  # int32 [B, T], right-padded
     cache: KVCache,
     *,
@@ -296,11 +323,7 @@ def forward(
     B, T = tokens.shape
     counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
     prompt_lengths = counts if prompt_lengths is None else prompt_lengths
-    ntk = jnp.where(cache.lengths == 0, ntk_row(cfg, prompt_lengths), cache.ntk)
-    positions = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
-    angles = rope_angles(cfg, positions, ntk)
-    logn = logn_scale(cfg, positions) if cfg.use_logn_attn else None
-    pairs = lora_layers(lora, params["wte"].dtype)
+    place = Place.of(cfg, cache.lengths, T, prompt_lengths, cache.ntk)
     gather = _gather(cfg, params["layers"], mesh)
 
     def layer(carry, weights):
@@ -311,16 +334,16 @@ def forward(
         def attend(q, k, v):
             written = write(cache, index, k, v)
             if fresh:
-                return attention(q, k, v, q_index=positions, causal_square=True), written
+                return attention(q, k, v, q_index=place.positions, causal_square=True), written
             k_all, v_all = read(written, index, q.dtype)
-            return attention(q, k_all, v_all, q_index=positions), written
+            return attention(q, k_all, v_all, q_index=place.positions), written
 
-        return decoder_layer(cfg, x, gather(w), low, angles, logn, attend), None
+        return decoder_layer(cfg, x, gather(w), low, place.angles, place.logn, attend), None
 
     x = embed(params, tokens, mesh)
     indices = jnp.arange(cfg.num_layers)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], pairs))
-    cache = cache.replace(lengths=cache.lengths + counts, ntk=ntk)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], pairs or {}))
+    cache = cache.replace(lengths=cache.lengths + counts, ntk=place.ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
 
 

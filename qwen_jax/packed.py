@@ -23,18 +23,11 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.append_attention import Stacks, append_attention
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention
-from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts, on_hopper
+from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts
+from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.packing import PackedWeight, can_pack, pack
 from qwen_jax.kernels.residual_norm import residual_norm
-from qwen_jax.model import (
-    Params,
-    embed,
-    logn_scale,
-    ntk_row,
-    rms_norm,
-    rope,
-    rope_angles,
-)
+from qwen_jax.model import Params, Place, embed, rms_norm, rope
 from qwen_jax.quant import QTensor, QuantFormat, quantize
 
 # Up to this many new tokens a row read the cache with the decode kernel, one query after another.
@@ -123,76 +116,84 @@ def forward(
 ) -> tuple[jax.Array, KVCache | None]:  # hidden [B, T, D] after the final norm, longer cache
     """model.forward for packed weights on one device."""
     B, T = tokens.shape
-    fresh |= cache is None
     filled = jnp.zeros((B,), jnp.int32) if cache is None else cache.lengths
     counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
     prompt_lengths = counts if prompt_lengths is None else prompt_lengths
-    ntk = ntk_row(cfg, prompt_lengths)
-    if cache is not None:
-        ntk = jnp.where(filled == 0, ntk, cache.ntk)
-    positions = filled[:, None] + jnp.arange(T, dtype=jnp.int32)
-    angles = rope_angles(cfg, positions, ntk)
-    logn = logn_scale(cfg, positions) if cfg.use_logn_attn else jnp.ones((B, T, 1, 1))
+    place = Place.of(cfg, filled, T, prompt_lengths, None if cache is None else cache.ntk)
+    attend = functools.partial(
+        _attend, place, fresh=fresh or cache is None, implementation=implementation
+    )
+    multiply = functools.partial(decode_parts, implementation=implementation)
+    norm = functools.partial(residual_norm, eps=cfg.norm_eps, implementation=implementation)
     layers = params["layers"]
-
-    def attend(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
-        if T == 1 and cache is not None:
-            return attend_one(parts, bias, cache, index)
-        bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
-        qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias
-        q, k, v = rope(qkv[:, :, 0], *angles), rope(qkv[:, :, 1], *angles), qkv[:, :, 2]
-        q = q * logn.astype(q.dtype)
-        cache = None if cache is None else kv.write(cache, index, k, v)
-        if fresh:
-            y = attention(q, k, v, q_index=positions, causal_square=True)
-        elif T > _FEW_TOKENS:
-            y = attention(q, *kv.read(cache, index, q.dtype), q_index=positions)
-        else:
-            rows = q.reshape(B * T, *q.shape[2:])
-            # A full row (done, its one token dropped) still sees no more than its slots.
-            visible = jnp.minimum(positions + 1, cache.capacity).reshape(B * T)
-            y = decode_attention(
-                rows, *stacks_of(cache), index, visible, implementation=implementation
-            )
-        return y.reshape(B * T, -1), cache
-
-    def attend_one(parts, bias, cache: KVCache, index) -> tuple[jax.Array, KVCache]:
-        cos, sin = (a.reshape(B, -1) for a in angles)
-        y, (k, v, k_scale, v_scale) = append_attention(
-            parts, bias, cos, sin, logn.reshape(B), stacks_of(cache), index, cache.lengths,
-            implementation=implementation,
-        )  # fmt: skip
-        return y.reshape(B, -1), cache.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+    attn, mlp = layers["attn"], layers["mlp"]
 
     def layer(carry: Any, index: jax.Array) -> Any:
         # x [B*T, D] lacks the last product, which comes as parts: the norm adds them as it reads.
         x, parts, cache = carry
-        attn, mlp = layers["attn"], layers["mlp"]
         with jax.named_scope("attention"):
             x, y = norm(x, parts, layers["ln_1"], index)
-            parts = decode_parts(y, attn["wqkv"], index, implementation=implementation)
-            y, cache = attend(parts, attn["bqkv"], cache, index)
-            parts = decode_parts(y, attn["wo"], index, implementation=implementation)
+            y, cache = attend(multiply(y, attn["wqkv"], index), attn["bqkv"], cache, index)
+            parts = multiply(y, attn["wo"], index)
         with jax.named_scope("mlp"):
             x, y = norm(x, parts, layers["ln_2"], index)
             up_gate = decode_matmul(y, mlp["up_gate"], index, implementation=implementation)
-            y = up_gate[:, 0] * jax.nn.silu(up_gate[:, 1])
-            parts = decode_parts(y, mlp["down"], index, implementation=implementation)
+            parts = multiply(up_gate[:, 0] * jax.nn.silu(up_gate[:, 1]), mlp["down"], index)
         return (x, parts, cache), None
 
-    def norm(x, parts, weight, index):
-        return residual_norm(x, parts, weight, index, cfg.norm_eps, implementation=implementation)
-
     x = embed(params, tokens, None).reshape(B * T, -1)
-    y = jax.ShapeDtypeStruct((B * T, cfg.ffn_size), x.dtype)
-    down = functools.partial(decode_parts, implementation=implementation)
-    parts = jax.eval_shape(down, y, layers["mlp"]["down"], jnp.int32(0))
+    wide = jax.ShapeDtypeStruct((B * T, cfg.ffn_size), x.dtype)
+    parts = jax.eval_shape(multiply, wide, mlp["down"], jnp.int32(0))
     parts = jnp.zeros(parts.shape, parts.dtype)
     (x, parts, cache), _ = jax.lax.scan(layer, (x, parts, cache), jnp.arange(cfg.num_layers))
     x = (x + parts.sum(0).astype(x.dtype)).reshape(B, T, -1)
     if cache is not None:
-        cache = cache.replace(lengths=filled + counts, ntk=ntk)
+        cache = cache.replace(lengths=filled + counts, ntk=place.ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
+
+
+def _attend(
+    place: Place,
+    parts: jax.Array,  # float32 [P, B * T, 3 * N * H]: their sum is query, key and value
+    bias: jax.Array,  # [L, 3, N, H]
+    cache: KVCache | None,
+    index: jax.Array,  # int32 []
+    *,
+    fresh: bool,
+    implementation: str | None,
+) -> tuple[jax.Array, KVCache | None]:  # [B * T, N * H]
+    B, T = place.positions.shape
+    if T == 1 and cache is not None:
+        return _attend_one(place, parts, bias, cache, index, implementation)
+    bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
+    qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias
+    q, k, v = rope(qkv[:, :, 0], *place.angles), rope(qkv[:, :, 1], *place.angles), qkv[:, :, 2]
+    if place.logn is not None:
+        q = q * place.logn.astype(q.dtype)
+    cache = None if cache is None else kv.write(cache, index, k, v)
+    if fresh:
+        y = attention(q, k, v, q_index=place.positions, causal_square=True)
+    elif T > _FEW_TOKENS:
+        y = attention(q, *kv.read(cache, index, q.dtype), q_index=place.positions)
+    else:
+        rows = q.reshape(B * T, *q.shape[2:])
+        # A full row (done, its one token dropped) still sees no more than its slots.
+        visible = jnp.minimum(place.positions + 1, cache.capacity).reshape(B * T)
+        stacks = stacks_of(cache)
+        y = decode_attention(rows, *stacks, index, visible, implementation=implementation)
+    return y.reshape(B * T, -1), cache
+
+
+def _attend_one(place, parts, bias, cache: KVCache, index, implementation):
+    """`_attend` for one token a row, whose steps one kernel can do together."""
+    B = len(place.positions)
+    cos, sin = (angle.reshape(B, -1) for angle in place.angles)
+    factor = jnp.ones((B,)) if place.logn is None else place.logn.reshape(B)
+    y, (k, v, k_scale, v_scale) = append_attention(
+        parts, bias, cos, sin, factor, stacks_of(cache), index, cache.lengths,
+        implementation=implementation,
+    )  # fmt: skip
+    return y.reshape(B, -1), cache.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

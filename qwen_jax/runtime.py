@@ -1,7 +1,8 @@
-"""How the program sets up jax before its first use: device memory, XLA's flags, compiled programs.
+"""How the program sets up jax before its first use: device memory and compiled programs.
 
 All of it is decided here and not by the user's environment, except that a variable which the user
-did set wins. It knows nothing of models.
+did set wins. XLA's flags stay as they are: none that was tried made a step faster
+(docs/benchmarks.md). It knows nothing of models.
 """
 
 import importlib.util
@@ -13,19 +14,12 @@ import jax
 # A share of the device's memory; jax's own default leaves a quarter of the card unused.
 MEMORY_FRACTION = "0.97"
 
-# Flags that were measured to help on a GPU (docs/benchmarks.md). jax without its CUDA plugin does
-# not get them: a flag that a build does not know ends the process.
-GPU_FLAGS: tuple[str, ...] = ()
-
 
 def configure() -> None:
     """Call before any jax operation; later calls change nothing that is already running."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_FRACTION)
-    flags = os.environ.get("XLA_FLAGS", "")
-    missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
     if jax.config.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         cache = pathlib.Path(base) / "qwen_jax" / "xla"

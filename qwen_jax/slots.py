@@ -49,10 +49,6 @@ class Slots:
         self.clear()
 
     @property
-    def active(self) -> int:
-        return len(self._rows)
-
-    @property
     def free(self) -> int:
         return self.most_rows - len(self._rows)
 
@@ -122,7 +118,7 @@ class Slots:
 
     def _fixed(self, requests: Requests) -> tuple:
         engine = self.engine
-        return engine.cfg, engine.mesh, engine.n_vocab, engine.params, engine.lora, requests
+        return engine.cfg, engine.mesh, engine.n_vocab, engine.params, engine.pairs, requests
 
     def _piece(self, row: _Row, ids: np.ndarray) -> Piece:
         """Takes a row's share of a block into account."""

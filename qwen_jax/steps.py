@@ -16,7 +16,6 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax import model, packed
-from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import Text, accept, judge, look_up, remember
@@ -110,14 +109,14 @@ def prefill(
     mesh: Mesh | None,
     n_vocab: int,
     params: Params,
-    lora: Lora | None,
+    pairs: Params,  # model.lora_layers
     requests: Requests,
     cache: KVCache,
     tokens: jax.Array,  # int32 [B, T], right-padded
     counts: jax.Array,  # int32 [B]
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the first tokens, int32 [B, 1]; done, bool [B]
     B, T = tokens.shape
-    hidden, cache = _forward(cfg, mesh, params, lora, tokens, cache, counts, fresh=True)
+    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, cache, counts, fresh=True)
     last = hidden[jnp.arange(B), counts - 1]  # only these rows meet the V x D head
     seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
     steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
@@ -131,7 +130,7 @@ def decode(
     mesh: Mesh | None,
     n_vocab: int,
     params: Params,
-    lora: Lora | None,
+    pairs: Params,  # model.lora_layers
     requests: Requests,
     state: DecodeState,
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the next tokens, int32 [B, BLOCK]; done, bool [B]
@@ -140,7 +139,7 @@ def decode(
         # A row that is done stays where it is: its one slot is overwritten, its cache never fills.
         counts = 1 - state.done.astype(jnp.int32)
         hidden, cache = _forward(
-            cfg, mesh, params, lora, state.token[:, None], state.cache, counts, fresh=False
+            cfg, mesh, params, pairs, state.token[:, None], state.cache, counts, fresh=False
         )
         state, out = _choose(
             params, mesh, n_vocab, requests,
@@ -157,11 +156,11 @@ def decode(
     return state, block, state.done
 
 
-def _forward(cfg, mesh, params, lora, tokens, cache, counts, *, fresh: bool):
+def _forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh: bool):
     """The decoder for these weights: packed ones have their own."""
     if packed.is_packed(params):
         return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh)
-    return model.forward(cfg, params, lora, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
+    return model.forward(cfg, params, pairs, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
@@ -188,7 +187,7 @@ def draft(
     n_vocab: int,
     count: int,  # tokens of a draft
     params: Params,
-    lora: Lora | None,
+    pairs: Params,  # model.lora_layers
     requests: Requests,
     state: DecodeState,
     text: Text,  # prompt and answer, state.token among them
@@ -200,7 +199,7 @@ def draft(
     nothing for the chance.
     """
     B = state.done.shape[0]
-    fixed = (cfg, mesh, n_vocab, params, lora, requests)
+    fixed = (cfg, mesh, n_vocab, params, pairs, requests)
 
     def step(carry):
         index, state, text, block = carry
@@ -231,7 +230,7 @@ def _advance(
     mesh: Mesh | None,
     n_vocab: int,
     params: Params,
-    lora: Lora | None,
+    pairs: Params,  # model.lora_layers
     requests: Requests,
     state: DecodeState,
     text: Text,
@@ -244,7 +243,7 @@ def _advance(
     filled = state.cache.lengths
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     counts = jnp.where(state.done, 0, K + 1)
-    hidden, cache = _forward(cfg, mesh, params, lora, tokens, state.cache, counts, fresh=False)
+    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
     logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits.reshape(B * (K + 1), -1), n_vocab)
     # Position i draws as if the draft before it had been drawn: the penalty knows those tokens.

@@ -22,18 +22,17 @@ from typing import Any
 
 from qwen_jax import api, chatml, runtime
 from qwen_jax.adapters import ADAPTER_WEIGHTS
-from qwen_jax.checkpoint import DTYPES
 from qwen_jax.cli import parse, run
 from qwen_jax.errors import InputError, UsageError
-from qwen_jax.manifest import planned_manifest
+from qwen_jax.manifest import DTYPES, planned_manifest
 from qwen_jax.sampling import SamplingParams, check_setting
 from sample.answers_file import AnswersFile
 from sample.plan import PlanFlags, print_plan
 
 
 @dataclass(kw_only=True)
-class ModelFlags(PlanFlags):
-    """What every program that runs a model asks for."""
+class LoadFlags(PlanFlags):
+    """What every program that loads a model asks for."""
 
     checkpoint: str
     """folder that convert wrote"""
@@ -45,6 +44,12 @@ class ModelFlags(PlanFlags):
     """compute dtype, bfloat16 or float32; unset: that of the checkpoint"""
     system: str = chatml.DEFAULT_SYSTEM
     """system message"""
+
+
+@dataclass(kw_only=True)
+class ModelFlags(LoadFlags):
+    """How the tokens of an answer are drawn."""
+
     greedy: bool = False
     """the likeliest token every time"""
     temperature: float | None = None
@@ -103,7 +108,7 @@ def check_flags(flags: ModelFlags) -> None:
                 raise UsageError(f"--{error}") from None
 
 
-def open_model(flags: ModelFlags) -> api.Model:
+def open_model(flags: LoadFlags) -> api.Model:
     """Loads what the flags name; warnings about its settings go to standard error."""
     model = api.load(flags.checkpoint, flags.adapter, flags.mesh, flags.dtype)
     for warning in model.warnings:

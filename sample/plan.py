@@ -4,13 +4,11 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-import numpy as np
 
 from qwen_jax.api import mesh_sizes
 from qwen_jax.cache import abstract_cache
 from qwen_jax.manifest import Manifest
-from qwen_jax.memory import GB, Budget, abstract_mesh, device_bytes, weight_bytes
-from qwen_jax.params import param_table
+from qwen_jax.memory import GB, Budget, abstract_mesh, device_bytes, layer_values, weight_bytes
 from qwen_jax.sharding import describe_mesh
 
 REMEDY = "use a shorter --plan_tokens, fewer rows, more devices (--mesh), or --quantize int4 or nf4"
@@ -35,8 +33,7 @@ def budget(
     cfg, dtype = manifest.config, jnp.dtype(dtype or manifest.dtype)
     cache = device_bytes(abstract_cache(cfg, rows, tokens, dtype, abstract_mesh(sizes)))
     here = math.ceil(rows / (sizes["data"] * sizes["fsdp"]))
-    linear = [spec for spec in param_table(cfg) if spec.role == "linear"]
-    layer = sum(int(np.prod(spec.shape)) for spec in linear) if manifest.quantization else 0
+    layer = layer_values(cfg) if manifest.quantization else 0
     activations = here * tokens * (2 * cfg.ffn_size + 4 * cfg.attention_size)
     logits = 3 * here * cfg.vocab_size * 4
     return Budget(

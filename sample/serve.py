@@ -15,14 +15,14 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from qwen_jax import api, chatml, runtime
-from qwen_jax.checkpoint import load_manifest
+from qwen_jax import api, runtime
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, UsageError
-from qwen_jax.manifest import planned_manifest
+from qwen_jax.manifest import load_manifest, planned_manifest
 from qwen_jax.slots import Slots
-from sample.plan import PlanFlags, print_plan
+from sample.generate import LoadFlags, open_model
+from sample.plan import print_plan
 from sample.scheduler import Scheduler
 
 # What the extra `serve` brings.
@@ -30,35 +30,25 @@ NEEDED = ("pydantic", "starlette", "uvicorn")
 
 
 @dataclass(kw_only=True)
-class Args(PlanFlags):
+class Args(LoadFlags):
     """Serve a model as OpenAI's API does."""
 
-    checkpoint: str
-    """Folder that convert wrote."""
-    adapter: str | None = None
-    """Folder of a PEFT LoRA adapter."""
-    mesh: str | None = None
-    """Devices: a number, or sizes such as fsdp=2,tensor=4."""
-    dtype: str | None = None
-    """Compute dtype; default that of the checkpoint."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 for every network of this machine."""
+    """address to listen at; 0.0.0.0: every network of this machine"""
     port: int = 8000
-    """0 for any free one."""
+    """0: any free one"""
     api_key: str | None = None
-    """What clients must send as their key; default none."""
+    """what clients must send as their key; unset: nothing"""
     model_name: str | None = None
-    """Name of the model in requests; default the checkpoint's folder name."""
-    system: str = chatml.DEFAULT_SYSTEM
-    """System message of a chat that has none."""
+    """name of the model in requests; unset: the checkpoint's folder name"""
     max_context: int | None = None
-    """Tokens of prompt and answer together; default the model's seq_length."""
+    """tokens of prompt and answer together; unset: the model's seq_length"""
     max_batch: int = 8
-    """Requests that generate at the same time; each keeps a cache row of up to max_context."""
+    """requests that generate at the same time; each keeps a cache row of up to max_context"""
     max_waiting: int = 256
-    """Requests that may wait for a row; further ones get status 429."""
+    """requests that may wait for a row; further ones get status 429"""
     grace: float = 30.0
-    """Seconds that running requests have to finish after Ctrl-C or SIGTERM."""
+    """seconds that running requests have to finish after Ctrl-C or SIGTERM"""
 
 
 def _check(args: Args) -> None:
@@ -174,9 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     context = _context(args, load_manifest(pathlib.Path(args.checkpoint)).config)
     with _bind(args.host, args.port) as bound:
-        model = api.load(args.checkpoint, args.adapter, args.mesh, args.dtype)
-        for warning in model.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        model = open_model(args)
         if model.defaults.chat_format == "raw":
             print("warning: a base model, not trained to chat", file=sys.stderr)
         if args.api_key is None and not _is_loopback(args.host):

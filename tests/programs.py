@@ -11,8 +11,8 @@ import pytest
 from convert import hf_to_flax
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
-from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import run
+from qwen_jax.manifest import load_manifest
 
 
 def make_home(folder):

@@ -14,10 +14,11 @@ from convert import flax_to_hf, hf_to_flax, stream
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax import checkpoint, layout
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
-from qwen_jax.checkpoint import load_manifest, load_params
+from qwen_jax.checkpoint import load_params
 from qwen_jax.checkpoint_writer import CheckpointWriter
 from qwen_jax.config import load_hf_config
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import load_manifest
 from qwen_jax.params import param_table
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sharding import make_mesh

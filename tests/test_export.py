@@ -16,8 +16,9 @@ import qwen_jax
 from convert import compare_logits, export_rows, flax_to_hf, hf_to_flax
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
-from qwen_jax.checkpoint import StoredParams, load_manifest, load_params
+from qwen_jax.checkpoint import StoredParams, load_params
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import load_manifest
 from qwen_jax.quant import QuantFormat, dequantize, quantize
 
 BF16 = ml_dtypes.bfloat16

@@ -10,7 +10,8 @@ from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.append_attention import append_attention
 from qwen_jax.kernels.decode_attention import decode_attention, decode_attention_xla
-from qwen_jax.kernels.decode_matmul import decode_matmul, on_hopper
+from qwen_jax.kernels.decode_matmul import decode_matmul
+from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.packing import pack
 from qwen_jax.kernels.residual_norm import residual_norm, residual_norm_xla
 from qwen_jax.params import init_params

@@ -75,18 +75,23 @@ def adapter(tmp_path_factory, plain):
     return folder
 
 
-def try_all(cases: int, folder: pathlib.Path, name: str, make, read) -> None:
-    """Writes `cases` variants of the file `name` made by `make(draw)`, and reads each."""
-    original = (folder / name).read_bytes()
-
-    @settings(
+def trying(cases: int, *phases: Phase):
+    """Seeded, unhurried, and with no memory of other runs."""
+    return settings(
         max_examples=cases,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
     )
+
+
+def try_all(cases: int, folder: pathlib.Path, name: str, make, read) -> None:
+    """Writes `cases` variants of the file `name` made by `make(draw)`, and reads each."""
+    original = (folder / name).read_bytes()
+
+    @trying(cases, Phase.generate, Phase.shrink)
     @given(st.data())
     def case(data):
         (folder / name).write_bytes(make(data.draw))
@@ -167,14 +172,7 @@ def test_whole_conversions_write_only_their_output(plain, tmp_path, cases):
         "generation_config.json": lambda draw: mutated_bytes(draw, b"{}"),
     }
 
-    @settings(
-        max_examples=cases,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate,),
-    )
+    @trying(cases, Phase.generate)
     @given(st.data())
     def case(data):
         for used in tmp_path.iterdir():

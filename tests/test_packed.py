@@ -75,7 +75,9 @@ def test_two_weights_packed_as_one():
     x = jax.random.normal(jax.random.key(5), (4, 128))
     both = decode_matmul(x, pack(up, gate), jnp.int32(1))
     for i, q in enumerate((up, gate)):
-        np.testing.assert_allclose(both[:, i], decode_matmul(x, pack(q), jnp.int32(1)), rtol=1e-6)
+        alone = decode_matmul(x, pack(q), jnp.int32(1))
+        # A wider product may add its 128 terms in another order: some ulps of the largest sums.
+        np.testing.assert_allclose(both[:, i], alone, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qwen_jax.checkpoint import Manifest, load_params
+from qwen_jax.checkpoint import load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import Manifest
 from qwen_jax.memory import GB, weight_bytes
 from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QuantFormat, quantize

@@ -25,11 +25,10 @@ from jax.sharding import Mesh
 
 from qwen_jax import runtime
 from qwen_jax.adapters import abstract_lora, describe_trainable, init_lora, save_peft
-from qwen_jax.checkpoint import load_manifest
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.manifest import planned_manifest
+from qwen_jax.manifest import load_manifest, planned_manifest
 from qwen_jax.memory import device_limit
 from qwen_jax.params import tree_bytes
 from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
@@ -83,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         system=args.system,
     )
     print(f"dataset {args.dataset}: {dataset.summary()}")
+    if args.compute == "fp8":
+        print("compute fp8: faster and coarser; no long run has shown yet that it trains as well")
     plan = Plan.make(args, model, sizes, len(dataset.examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
     longest = max(len(example.ids) for example in dataset.examples)

@@ -12,8 +12,7 @@ import numpy as np
 
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.config import ModelConfig
-from qwen_jax.memory import GB, Budget, abstract_mesh, device_bytes, weight_bytes
-from qwen_jax.params import param_table
+from qwen_jax.memory import GB, Budget, abstract_mesh, device_bytes, layer_values, weight_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat, saved_values
 from train.arguments import Args
@@ -81,8 +80,7 @@ class Workload:
         cfg, tensor = self.cfg, self.sizes["tensor"]
         weights = 0
         if self.format is not None or self.sizes["fsdp"] > 1:
-            linear = [spec for spec in param_table(cfg) if spec.role == "linear"]
-            weights = sum(int(np.prod(spec.shape)) for spec in linear) // tensor
+            weights = layer_values(cfg) // tensor
         activations = self.tokens * (4 * cfg.ffn_size + 4 * cfg.attention_size) // tensor
         return (weights + activations + 2 * self.tokens * cfg.hidden_size) * self.item
 

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from qwen_jax.adapters import LoraConfig, target_specs
-from qwen_jax.checkpoint import Manifest
+from qwen_jax.manifest import Manifest
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sharding import describe_mesh
 from train.arguments import Args

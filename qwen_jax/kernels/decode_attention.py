@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.decode_matmul import on_hopper
+from qwen_jax.kernels.hopper import on_hopper
 
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 from qwen_jax.kernels.tilings import tiling_for
 
@@ -102,13 +103,6 @@ def _has_tiling(M: int, w: PackedWeight) -> bool:
 def _padded_rows(M: int) -> int:
     """Up to 8 rows are one tile whose rest the kernel fills; more come in whole tiles."""
     return M if M <= 8 else -(-M // 8) * 8
-
-
-def on_hopper(dtype: jnp.dtype) -> bool:
-    """Whether bfloat16 kernels written for sm_90 run here."""
-    if jax.default_backend() != "gpu" or dtype != jnp.bfloat16:
-        return False
-    return str(jax.local_devices()[0].compute_capability) == "9.0"
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax import quant
+from qwen_jax.kernels.hopper import is_hopper
 from qwen_jax.quant import Layer, QTensor
 
 FP8 = jnp.float8_e4m3fn
@@ -78,7 +79,7 @@ def _mosaic(w: QTensor | Layer, dtype, unit: jax.Array | None, turned: bool) -> 
 
 
 def _choose(w: QTensor | Layer, dtype: jnp.dtype, turned: bool) -> str:
-    if not isinstance(w, Layer) or not _on_hopper():
+    if not isinstance(w, Layer) or not is_hopper():
         return "xla"
     from qwen_jax.kernels import _pallas_dequantize as kernel
 
@@ -90,12 +91,6 @@ def _choose(w: QTensor | Layer, dtype: jnp.dtype, turned: bool) -> str:
         return "xla"
     _say_once("mosaic", use, "")
     return "mosaic"
-
-
-def _on_hopper() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    return str(jax.local_devices()[0].compute_capability) == "9.0"
 
 
 @functools.cache

@@ -49,8 +49,7 @@ def _backward(compute: str, w: Weight, g: jax.Array):  # g [..., *O]
     if compute == "fp8":
         weight, unit = _fp8_weight(w, turned=True)
         return _fp8_product(g, rows, weight, unit, dims), None
-    # bf16 gains nothing from a turned weight: the GEMM is a tenth faster alone, but the chip then
-    # lowers its clock.
+    # bf16 gains nothing from a turned weight (docs/benchmarks.md).
     dims = (dims[0], tuple(range(outs)))
     return jax.lax.dot_general(g, _dense(w, g.dtype), (dims, ((), ()))), None
 

@@ -1,0 +1,16 @@
+"""Which card the kernels run on: the one place that asks."""
+
+import jax
+import jax.numpy as jnp
+
+
+def is_hopper() -> bool:
+    """Whether the default device has compute capability 9.0, for which the kernels are written."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(jax.local_devices()[0].compute_capability) == "9.0"
+
+
+def on_hopper(dtype: jnp.dtype) -> bool:
+    """Whether the kernels that compute in bfloat16 run here on activations of `dtype`."""
+    return dtype == jnp.bfloat16 and is_hopper()
