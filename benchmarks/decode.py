@@ -28,7 +28,6 @@ from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
-from qwen_jax.kernels import append_attention, residual_norm
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.params import init_params, tree_bytes
 from qwen_jax.quant import QuantFormat
@@ -53,7 +52,6 @@ class Args:
     dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
-    kernels: tuple[str, ...] = ()  # the first batch again, with these too: append, norm
     check: bool = False  # first compare one layer with its reference
     peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
@@ -312,12 +310,6 @@ def main(argv=None):
     jax.block_until_ready(params)
     for name in args.batch:
         print_row(cfg, args, params, name, rate)
-    for kernel in args.kernels:
-        print(f"batch {args.batch[0]}, kernel {kernel} too:", flush=True)
-        module = {"append": append_attention, "norm": residual_norm}[kernel]
-        module.choose = lambda *_: "xla" if args.toy else "mosaic"
-        jax.clear_caches()
-        print_row(cfg, args, params, args.batch[0], rate)
     for tokens in (1, args.verify) if args.verify else ():
         seconds = verify_seconds(cfg, params, args.context, tokens)
         print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)

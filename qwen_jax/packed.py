@@ -20,7 +20,7 @@ from qwen_jax import cache as kv
 from qwen_jax import model
 from qwen_jax.cache import KVCache
 from qwen_jax.config import ModelConfig
-from qwen_jax.kernels.append_attention import Stacks, append_attention
+from qwen_jax.kernels.append_tokens import Stacks, append_tokens
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul, decode_parts
@@ -163,8 +163,8 @@ def _attend(
     implementation: str | None,
 ) -> tuple[jax.Array, KVCache | None]:  # [B * T, N * H]
     B, T = place.positions.shape
-    if T == 1 and cache is not None:
-        return _attend_one(place, parts, bias, cache, index, implementation)
+    if T <= _FEW_TOKENS and cache is not None and not fresh:
+        return _attend_few(place, parts, bias, cache, index, implementation)
     bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
     qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias
     q, k, v = rope(qkv[:, :, 0], *place.angles), rope(qkv[:, :, 1], *place.angles), qkv[:, :, 2]
@@ -173,27 +173,26 @@ def _attend(
     cache = None if cache is None else kv.write(cache, index, k, v)
     if fresh:
         y = attention(q, k, v, q_index=place.positions, causal_square=True)
-    elif T > _FEW_TOKENS:
-        y = attention(q, *kv.read(cache, index, q.dtype), q_index=place.positions)
     else:
-        rows = q.reshape(B * T, *q.shape[2:])
-        # A full row (done, its one token dropped) still sees no more than its slots.
-        visible = jnp.minimum(place.positions + 1, cache.capacity).reshape(B * T)
-        stacks = stacks_of(cache)
-        y = decode_attention(rows, *stacks, index, visible, implementation=implementation)
+        y = attention(q, *kv.read(cache, index, q.dtype), q_index=place.positions)
     return y.reshape(B * T, -1), cache
 
 
-def _attend_one(place, parts, bias, cache: KVCache, index, implementation):
-    """`_attend` for one token a row, whose steps one kernel can do together."""
-    B = len(place.positions)
-    cos, sin = (angle.reshape(B, -1) for angle in place.angles)
-    factor = jnp.ones((B,)) if place.logn is None else place.logn.reshape(B)
-    y, (k, v, k_scale, v_scale) = append_attention(
-        parts, bias, cos, sin, factor, stacks_of(cache), index, cache.lengths,
+def _attend_few(place, parts, bias, cache: KVCache, index, implementation):
+    """`_attend` for few tokens a row: two kernels, and the cache is read where it is filled."""
+    R = place.positions.size
+    cos, sin = (angle.reshape(R, -1) for angle in place.angles)
+    factor = jnp.ones((R,)) if place.logn is None else place.logn.reshape(R)
+    slots = place.positions.reshape(R)
+    q, stacks = append_tokens(
+        parts, bias, cos, sin, factor, stacks_of(cache), index, slots,
         implementation=implementation,
     )  # fmt: skip
-    return y.reshape(B, -1), cache.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+    # A full row (done, its one token dropped) still sees no more than its slots.
+    visible = jnp.minimum(slots + 1, cache.capacity)
+    y = decode_attention(q, *stacks, index, visible, implementation=implementation)
+    k, v, k_scale, v_scale = stacks
+    return y.reshape(R, -1), cache.replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
