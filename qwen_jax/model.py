@@ -19,14 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, read, write
+from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import Layer, QTensor, QuantFormat
 from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
-from qwen_jax.sharding import batch_spec, constrain
+from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
 Params = dict[str, Any]
 
@@ -326,23 +326,35 @@ def forward(
     place = Place.of(cfg, cache.lengths, T, prompt_lengths, cache.ntk)
     gather = _gather(cfg, params["layers"], mesh)
 
-    def layer(carry, weights):
+    heads = None
+    if mesh is not None:
+        heads = partition_spec(("batch", None, "heads", None), (B, T, *cache.k.shape[3:]), mesh)
+
+    def layer(carry, per_layer):
         # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
         x, cache = carry
-        index, w, low = weights
+        index, low, unit = per_layer
+        w = gather(_layer_weights(params["layers"], index, mesh))
 
         def attend(q, k, v):
+            if unit is not None:
+                q, k = q * unit, k / unit
             written = write(cache, index, k, v)
             if fresh:
                 return attention(q, k, v, q_index=place.positions, causal_square=True), written
-            k_all, v_all = read(written, index, q.dtype)
+            # cuDNN wants one layout for all three; the cache has its own.
+            q, k_all, v_all = (
+                constrain(x, mesh, heads) for x in (q, *read(written, index, q.dtype))
+            )
             return attention(q, k_all, v_all, q_index=place.positions), written
 
-        return decoder_layer(cfg, x, gather(w), low, place.angles, place.logn, attend), None
+        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend), None
 
     x = embed(params, tokens, mesh)
-    indices = jnp.arange(cfg.num_layers)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], pairs or {}))
+    bias = params["layers"]["attn"]["bqkv"]  # [L, 3, N, H]
+    units = None if cache.k_scale is None else key_units(bias[:, 1])
+    per_layer = (jnp.arange(cfg.num_layers), pairs or {}, units)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), per_layer)
     cache = cache.replace(lengths=cache.lengths + counts, ntk=place.ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
 

@@ -57,12 +57,14 @@ def pack_params(params: Params, *, consume: bool = False, int8_head: bool = Fals
 
     With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
     its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
-    half of the bytes that it costs a step, for a change of the logits.
+    half of the bytes that it costs a step, for a change of the logits. What `cache.key_units` takes
+    off the keys and gives to the queries, so that an int8 cache holds them well, goes into their
+    weight and bias here, once.
     """
     layers, pack_leaf = params["layers"], jax.jit(pack)
 
-    def packed(*leaves: QTensor) -> PackedWeight:
-        out = pack_leaf(*leaves)
+    def packed(*leaves: QTensor, factor: jax.Array | None = None) -> PackedWeight:
+        out = pack_leaf(*leaves, factor=factor)
         if consume:
             jax.block_until_ready(out)
             for array in jax.tree.leaves(leaves):
@@ -70,6 +72,8 @@ def pack_params(params: Params, *, consume: bool = False, int8_head: bool = Fals
         return out
 
     attn, mlp = layers["attn"], layers["mlp"]
+    unit = kv.key_units(attn["bqkv"][:, 1])  # [L, N, H]
+    factor = jnp.stack([unit, 1 / unit, jnp.ones_like(unit)], axis=1)  # [L, 3, N, H]
     head = params["lm_head"]
     if int8_head:
         one = jax.jit(lambda w: pack(jax.tree.map(lambda x: x[None], quantize(w, _HEAD))))
@@ -80,8 +84,8 @@ def pack_params(params: Params, *, consume: bool = False, int8_head: bool = Fals
             "ln_1": layers["ln_1"],
             "ln_2": layers["ln_2"],
             "attn": {
-                "wqkv": packed(attn["wqkv"]),
-                "bqkv": attn["bqkv"],
+                "wqkv": packed(attn["wqkv"], factor=factor),
+                "bqkv": attn["bqkv"] * factor,
                 "wo": packed(attn["wo"]),
             },
             "mlp": {"up_gate": packed(mlp["up"], mlp["gate"]), "down": packed(mlp["down"])},

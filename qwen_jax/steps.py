@@ -1,6 +1,6 @@
 """The device programs of generation: prefill, decode, growing the cache.
 
-    prefill   prompts -> cache and each row's first token
+    prefill   prompts -> cache and each row's first token, in chunks if they are long
     decode    BLOCK tokens a row in one dispatch, fewer if every row is done
     draft     the same, but each step tries several tokens looked up in the text (drafts.py)
 
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_jax import model, packed
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import Text, accept, judge, look_up, remember
 from qwen_jax.model import Params
 from qwen_jax.packed import unembed
+from qwen_jax.prefill import fill, forward
 from qwen_jax.sampling import (
     RowParams,
     mask_padded_vocab,
@@ -103,7 +103,9 @@ def _choose(
     return state, out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 2), static_argnames="chunk", donate_argnames="cache"
+)
 def prefill(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -113,11 +115,12 @@ def prefill(
     requests: Requests,
     cache: KVCache,
     tokens: jax.Array,  # int32 [B, T], right-padded
-    counts: jax.Array,  # int32 [B]
+    counts: jax.Array,  # int32 [B], at least 1
+    *,
+    chunk: int,  # tokens of a row that run at once
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the first tokens, int32 [B, 1]; done, bool [B]
     B, T = tokens.shape
-    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, cache, counts, fresh=True)
-    last = hidden[jnp.arange(B), counts - 1]  # only these rows meet the V x D head
+    last, cache = fill(cfg, mesh, params, pairs, cache, tokens, counts, chunk)
     seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
     steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
     state, out = _choose(params, mesh, n_vocab, requests, last, cache, seen, steps, done)
@@ -138,7 +141,7 @@ def decode(
         index, state, block = carry
         # A row that is done stays where it is: its one slot is overwritten, its cache never fills.
         counts = 1 - state.done.astype(jnp.int32)
-        hidden, cache = _forward(
+        hidden, cache = forward(
             cfg, mesh, params, pairs, state.token[:, None], state.cache, counts, fresh=False
         )
         state, out = _choose(
@@ -154,13 +157,6 @@ def decode(
     block = jnp.full((state.done.shape[0], BLOCK), NOTHING, jnp.int32)
     _, state, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, block))
     return state, block, state.done
-
-
-def _forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh: bool):
-    """The decoder for these weights: packed ones have their own."""
-    if packed.is_packed(params):
-        return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh)
-    return model.forward(cfg, params, pairs, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
@@ -243,7 +239,7 @@ def _advance(
     filled = state.cache.lengths
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     counts = jnp.where(state.done, 0, K + 1)
-    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
+    hidden, cache = forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
     logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits.reshape(B * (K + 1), -1), n_vocab)
     # Position i draws as if the draft before it had been drawn: the penalty knows those tokens.

@@ -1,5 +1,7 @@
 """The kernels of decode on a Hopper card, each against its reference in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from qwen_jax import packed
 from qwen_jax.cache import init_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.append_tokens import append_tokens
+from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.decode_attention import decode_attention, decode_attention_xla
 from qwen_jax.kernels.decode_matmul import decode_matmul
 from qwen_jax.kernels.hopper import on_hopper
@@ -73,6 +76,25 @@ def test_attention_at_many_lengths(quantized):
         with jax.default_matmul_precision("highest"):
             want = decode_attention_xla(q.astype(jnp.float32), *stacks, jnp.int32(1), visible)
         assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (1500, 64), (3996, 2000)])
+def test_a_chunk_of_a_prompt_against_the_cache(starts):
+    """cuDNN with a mask, rows that begin at different places, slots past their ends poisoned."""
+    B, T, S, N, H = 2, 512, 4608, 3, 128
+    q = normal(0, (B, T, N, H))
+    q_index = jnp.array(starts, jnp.int32)[:, None] + jnp.arange(T)
+    filled = (jnp.arange(S) <= q_index[:, -1:])[:, :, None, None]
+    k, v = (normal(i, (B, S, N, H)) for i in (1, 2))
+    poison()
+    leftover = jnp.asarray(1e4, jnp.bfloat16)  # what an earlier row of the batch left there
+    got = jax.jit(functools.partial(attention, implementation="cudnn"))(
+        q, jnp.where(filled, k, leftover), jnp.where(filled, v, leftover), q_index=q_index
+    )
+    with jax.default_matmul_precision("highest"):
+        f32 = (x.astype(jnp.float32) for x in (q, k, v))
+        want = attention(*f32, q_index=q_index, implementation="xla")
+    assert relative_error(got, want) < 8e-3  # weights are rounded to bfloat16 before the product
 
 
 @pytest.mark.parametrize("quantized", [False, True])

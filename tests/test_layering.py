@@ -22,6 +22,7 @@ ORDER = [
     "cache",
     "model",
     "packed",
+    "prefill",
     "manifest",
     "layout",
     "checkpoint",

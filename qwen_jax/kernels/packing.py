@@ -57,23 +57,27 @@ def can_pack(q: QTensor) -> bool:
     return rows % 16 == 0 and q.in_size % 8 == 0 and q.scale.shape[-1] == groups
 
 
-def pack(*weights: QTensor) -> PackedWeight:
+def pack(*weights: QTensor, factor: jax.Array | None = None) -> PackedWeight:
     """Packs a stack of weights [L, *O, I], one layer at a time.
 
-    Several of one shape become one weight [L, count, *O, I]: their products are then one.
+    Several of one shape become one weight [L, count, *O, I]: their products are then one. With
+    `factor` [L, *O] a single one has its outputs multiplied, by way of its scales.
     """
     kind, (_, *out, in_size) = weights[0].kind, weights[0].shape
     for q in weights:
         if not can_pack(q) or q.shape != weights[0].shape or q.kind != kind:
             raise NotImplementedError(f"packing of {q.kind} {q.shape} with scales {q.scale.shape}")
 
-    def one(layer: list[QTensor]) -> tuple[jax.Array, jax.Array]:
+    def one(given: tuple[list[QTensor], jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        layer, outputs = given
         N = math.prod(out)
         data = jnp.concatenate([q.data.reshape(N, -1) for q in layer])
         scale = jnp.concatenate([group_scales(q).reshape(N, -1) for q in layer])
+        if outputs is not None:
+            scale = scale * outputs.reshape(N, 1).astype(jnp.float32)
         return pack_layer(data, scale, kind)
 
-    codes, scale = jax.lax.map(one, list(weights))
+    codes, scale = jax.lax.map(one, (list(weights), factor))
     shape = tuple(out) if len(weights) == 1 else (len(weights), *out)
     return PackedWeight(codes=codes, scale=scale, out_shape=shape, in_size=in_size, kind=kind)
 
