@@ -1,7 +1,8 @@
 """How the program sets up jax before its first use: device memory and compiled programs.
 
 All of it is decided here and not by the user's environment, except that a variable which the user
-did set wins. It knows nothing of models.
+did set wins. XLA's flags stay as they are: none that was tried made a step faster
+(docs/benchmarks.md). It knows nothing of models.
 """
 
 import importlib.util
@@ -9,13 +10,6 @@ import os
 import pathlib
 
 import jax
-
-# Option of jax.jit for single programs, ignored by other backends than the GPU's: loops and branches
-# become part of one CUDA graph, so that the host takes no part in a decode step.
-WHOLE_GRAPH = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
-    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-}
 
 # A share of the device's memory; jax's own default leaves a quarter of the card unused.
 MEMORY_FRACTION = "0.97"

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_jax import runtime
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import Text, accept, judge, look_up, remember
@@ -128,12 +127,7 @@ def prefill(
     return pin(cfg, mesh, state), out[:, None], state.done
 
 
-@functools.partial(
-    jax.jit,
-    static_argnums=(0, 1, 2),
-    donate_argnames="state",
-    compiler_options=runtime.WHOLE_GRAPH,
-)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
 def decode(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -182,12 +176,7 @@ def grow(cfg: ModelConfig, mesh: Mesh | None, cache: KVCache, capacity: int) -> 
     return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda x: x.sharding, abstract))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnums=(0, 1, 2, 3),
-    donate_argnames=("state", "text"),
-    compiler_options=runtime.WHOLE_GRAPH,
-)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames=("state", "text"))
 def draft(
     cfg: ModelConfig,
     mesh: Mesh | None,
