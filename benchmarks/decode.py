@@ -27,9 +27,11 @@ from qwen_jax import packed, runtime, steps
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine import PREFILL_TOKENS
 from qwen_jax.files import read_json_object
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.params import init_params, tree_bytes
+from qwen_jax.prefill import fill
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
 
@@ -52,6 +54,7 @@ class Args:
     dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
+    prefill_chunk: int = PREFILL_TOKENS  # of them at once
     check: bool = False  # first compare one layer with its reference
     peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
@@ -247,15 +250,16 @@ def print_row(cfg: ModelConfig, args: Args, params: dict, name: str, rate: float
         print(f"batch {name}: {type(e).__name__}: {str(e)[:500]}", flush=True)
 
 
-def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
+def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int, chunk: int) -> float:
     """Time of one prompt through an empty cache, the head at its last token included."""
+    counts = jnp.array([tokens], jnp.int32)
 
     @jax.jit
     def prompt(params, ids):
         abstract = abstract_cache(cfg, 1, tokens, params["wte"].dtype)
         cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-        hidden, cache = packed.forward(cfg, params, ids, cache, fresh=True)
-        return packed.unembed(params, hidden[:, -1]), cache
+        last, cache = fill(cfg, None, params, {}, cache, ids, counts, chunk)
+        return packed.unembed(params, last), cache
 
     ids = jax.random.randint(jax.random.key(3), (1, tokens), 0, cfg.vocab_size)
     jax.block_until_ready(prompt(params, ids))
@@ -317,7 +321,7 @@ def main(argv=None):
         seconds = verify_seconds(cfg, params, args.context, tokens)
         print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)
     if args.prefill:
-        seconds = prefill_seconds(cfg, params, args.prefill)
+        seconds = prefill_seconds(cfg, params, args.prefill, args.prefill_chunk)
         print(f"prefill of {args.prefill} tokens: {seconds:.3f} s", flush=True)
 
 
