@@ -64,7 +64,7 @@ def load(
         )
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
     if packed.pays(params, lora, device_mesh):
-        params = packed.pack_params(params, consume=True)
+        params = packed.pack_params(params, consume=True, mesh=device_mesh)
     return Model(path, manifest, params, lora, device_mesh, defaults, warnings)
 
 
@@ -142,7 +142,7 @@ class Model:
         rows += [rows[0]] * (padded_rows(B, self.mesh) - B)
         tokens = jnp.asarray(np.stack(rows))
         if packed.is_packed(self.params):
-            return packed.logits(self.config, self.params, tokens)[:B]
+            return packed.logits(self.config, self.params, tokens, mesh=self.mesh)[:B]
         return decoder.logits(self.config, self.params, self.lora, tokens, mesh=self.mesh)[:B]
 
     def generate(

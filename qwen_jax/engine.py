@@ -60,8 +60,10 @@ class Engine:
     ):
         self.cfg, self.params, self.mesh = cfg, params, mesh
         self.cache_dtype = params["wte"].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
-        if packed.is_packed(params) and (lora is not None or (mesh is not None and mesh.size > 1)):
-            raise InputError("packed weights run without an adapter and on one device")
+        if packed.is_packed(params):
+            packed.check_mesh(cfg, params, mesh)
+            if lora is not None:
+                raise InputError("packed weights run without an adapter")
         # Once, and not for every token: at 72B the cast and the turn move 0.4 GB.
         prepare = jax.jit(lora_layers, static_argnums=1)
         self.pairs = {} if lora is None else prepare(lora, params["wte"].dtype)

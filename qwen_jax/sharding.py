@@ -139,6 +139,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def tensor_size(mesh: Mesh | None) -> int:
+    """Devices over which heads and FFN columns are split."""
+    return 1 if mesh is None else mesh.shape["tensor"]
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
     """Pins the layout of an intermediate; without a mesh it is the identity."""
     if mesh is None or mesh.size == 1:

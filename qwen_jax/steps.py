@@ -87,7 +87,7 @@ def _choose(
     """Draws the next token of each row; second: the tokens to hand out, int32 [B]."""
     # Joined before sampling: sorts and random bits of a split vocabulary cost more than 0.6 MB a
     # row, and every device must draw the same token.
-    logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
+    logits = constrain(unembed(params, hidden, mesh), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits, n_vocab)
     token = sample(logits, seen, requests.rows, step_keys(requests.keys, steps))
     stopped = jnp.any(token[:, None] == requests.stops, axis=1)
@@ -159,7 +159,7 @@ def decode(
 def _forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh: bool):
     """The decoder for these weights: packed ones have their own."""
     if packed.is_packed(params):
-        return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh)
+        return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
     return model.forward(cfg, params, pairs, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
 
 
@@ -244,7 +244,7 @@ def _advance(
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     counts = jnp.where(state.done, 0, K + 1)
     hidden, cache = _forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
-    logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
+    logits = constrain(unembed(params, hidden, mesh), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits.reshape(B * (K + 1), -1), n_vocab)
     # Position i draws as if the draft before it had been drawn: the penalty knows those tokens.
     seen = [state.seen]
