@@ -36,7 +36,7 @@ from qwen_jax.packed_params import (
     packable,
     pays,
 )
-from qwen_jax.sharding import batch_spec, constrain
+from qwen_jax.sharding import batch_spec
 
 __all__ = [
     "check_mesh", "forward", "is_packed", "logits", "pack_params", "packable", "pays", "unembed",
@@ -51,22 +51,22 @@ def unembed(params: Params, hidden: jax.Array, mesh: Mesh | None = None) -> jax.
 
     On a mesh every device gets all rows and gives the logits of its own part of the vocabulary.
     """
-    # Joined before the head: rows split over fsdp would meet a head that is split over it too.
-    hidden = constrain(hidden, mesh, PartitionSpec())
     head = params["lm_head"]
-    if not isinstance(head, PackedWeight):
-        return model.unembed(params, hidden)
+    rows = hidden.reshape(-1, hidden.shape[-1])
 
-    def product(rows: jax.Array, head: PackedWeight) -> jax.Array:
-        return decode_parts(rows, head, jnp.int32(0)).sum(0)
+    def product(rows: jax.Array, head: jax.Array | PackedWeight) -> jax.Array:
+        if isinstance(head, PackedWeight):
+            return decode_parts(rows, head, jnp.int32(0)).sum(0)
+        return model.unembed({"lm_head": head}, rows)
 
     if mesh is not None and mesh.size > 1:
+        # By hand: to join the logits the compiler joins the head, gigabytes for every token.
+        layout, vocab = head_layout(head, mesh)
         product = jax.shard_map(
-            product, mesh=mesh, in_specs=(PartitionSpec(), head_layout(head)),
-            out_specs=PartitionSpec(None, "tensor"), check_vma=False,
+            product, mesh=mesh, in_specs=(PartitionSpec(), layout),
+            out_specs=PartitionSpec(None, vocab), check_vma=False,
         )  # fmt: skip
     with jax.named_scope("unembed"):
-        rows = hidden.reshape(-1, hidden.shape[-1])
         return product(rows, head).reshape(*hidden.shape[:-1], -1)
 
 

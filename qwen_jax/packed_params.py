@@ -28,15 +28,15 @@ from qwen_jax.kernels.packing import (
     slice_layout,
 )
 from qwen_jax.memory import device_limit
-from qwen_jax.params import tree_bytes
+from qwen_jax.params import HEAD_AXES, tree_bytes
 from qwen_jax.quant import QTensor, QuantFormat, quantize
-from qwen_jax.sharding import check_tensor_axis, tensor_size
+from qwen_jax.sharding import check_tensor_axis, partition_spec, tensor_size
 
 Params = dict[str, Any]
 
 _HEAD = QuantFormat.named("int8")
 # The dimension of each weight, counted from the end, that the tensor axis cuts: heads, FFN columns.
-_CUT = {"wqkv": -3, "wo": -1, "up_gate": -2, "down": -1, "lm_head": -2}
+CUT = {"wqkv": -3, "wo": -1, "up_gate": -2, "down": -1, "lm_head": -2}
 # FFN columns are padded to whole blocks of this on each device: whole groups of every format.
 _FFN_BLOCK = 128
 
@@ -115,7 +115,7 @@ def pack_params(
 
 
 def _pack(name: str, *leaves: QTensor, mesh: Mesh | None, consume: bool) -> PackedWeight:
-    run, dim = pack, _CUT[name]
+    run, dim = pack, CUT[name]
     if mesh is not None and mesh.size > 1:
         size = leaves[0].shape[dim]
         if name in ("up_gate", "down"):
@@ -143,7 +143,7 @@ def layer_layout(layers: Params) -> Params:
     def one(path: tuple, leaf: Any) -> Any:
         name = path[-1].key
         if isinstance(leaf, PackedWeight):
-            return slice_layout(leaf, _CUT[name])
+            return slice_layout(leaf, CUT[name])
         return PartitionSpec(None, None, "tensor") if name == "bqkv" else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(
@@ -151,6 +151,9 @@ def layer_layout(layers: Params) -> Params:
     )
 
 
-def head_layout(head: PackedWeight) -> PackedWeight:
-    """The same of a packed head."""
-    return slice_layout(head, _CUT["lm_head"])
+def head_layout(head: jax.Array | PackedWeight, mesh: Mesh) -> tuple[Any, Any]:
+    """The same of the output head, and the mesh axes over which its tokens are split."""
+    if isinstance(head, PackedWeight):
+        return slice_layout(head, CUT["lm_head"]), "tensor"
+    layout = partition_spec(HEAD_AXES, head.shape, mesh)
+    return layout, layout[0]

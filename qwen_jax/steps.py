@@ -116,7 +116,7 @@ def prefill(
     counts: jax.Array,  # int32 [B]
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the first tokens, int32 [B, 1]; done, bool [B]
     B, T = tokens.shape
-    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, cache, counts, fresh=True)
+    hidden, cache = forward(cfg, mesh, params, pairs, tokens, cache, counts, fresh=True)
     last = hidden[jnp.arange(B), counts - 1]  # only these rows meet the V x D head
     seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
     steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
@@ -124,7 +124,6 @@ def prefill(
     return pin(cfg, mesh, state), out[:, None], state.done
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
 def decode(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -133,12 +132,46 @@ def decode(
     pairs: Params,  # model.lora_layers
     requests: Requests,
     state: DecodeState,
+    xla: tuple[tuple[str, bool], ...] = (),  # XLA's options in place of those of `xla_options`
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the next tokens, int32 [B, BLOCK]; done, bool [B]
+    options = tuple(sorted((xla_options(params) | dict(xla)).items()))
+    return decode_program(options)(cfg, mesh, n_vocab, params, pairs, requests, state)
+
+
+def xla_options(params: Params) -> dict[str, bool]:
+    """What XLA is told where these weights decode; only for GPUs.
+
+    A plain layer is a slice of its stack. XLA copies it in front of a product of few rows, three
+    times the traffic, unless it may make the slice part of the product.
+    """
+    if packed.is_packed(params) or jax.default_backend() != "gpu":
+        return {}
+    return {"xla_gpu_enable_dynamic_slice_fusion": True}
+
+
+@functools.cache
+def decode_program(options: tuple[tuple[str, bool], ...]):
+    """The jitted program of `decode`, compiled with XLA's options."""
+    return jax.jit(
+        _decode, static_argnums=(0, 1, 2), donate_argnames="state",
+        compiler_options=dict(options) or None,
+    )  # fmt: skip
+
+
+def _decode(
+    cfg: ModelConfig,
+    mesh: Mesh | None,
+    n_vocab: int,
+    params: Params,
+    pairs: Params,
+    requests: Requests,
+    state: DecodeState,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
     def step(carry):
         index, state, block = carry
         # A row that is done stays where it is: its one slot is overwritten, its cache never fills.
         counts = 1 - state.done.astype(jnp.int32)
-        hidden, cache = _forward(
+        hidden, cache = forward(
             cfg, mesh, params, pairs, state.token[:, None], state.cache, counts, fresh=False
         )
         state, out = _choose(
@@ -156,7 +189,7 @@ def decode(
     return state, block, state.done
 
 
-def _forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh: bool):
+def forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh: bool):
     """The decoder for these weights: packed ones have their own."""
     if packed.is_packed(params):
         return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
@@ -243,7 +276,7 @@ def _advance(
     filled = state.cache.lengths
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     counts = jnp.where(state.done, 0, K + 1)
-    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
+    hidden, cache = forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
     logits = constrain(unembed(params, hidden, mesh), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits.reshape(B * (K + 1), -1), n_vocab)
     # Position i draws as if the draft before it had been drawn: the penalty knows those tokens.
