@@ -101,20 +101,23 @@ def filled_cache(cfg: ModelConfig, batch: int, capacity: int, context: int, dtyp
     abstract = abstract_cache(cfg, batch, capacity, dtype)
     key = jax.random.key(7, impl="rbg")
 
-    @jax.jit
-    def make() -> KVCache:
-        def values(x):
-            if x is None:
-                return None
+    def values(x):
+        if x is None:
+            return None
+        if x.ndim == 4:
+            return jnp.full(x.shape, 0.01, x.dtype)
+
+        def layer(_):  # one at a time: the generator needs several times its output
             if x.dtype == jnp.int8:
-                return jax.random.bits(key, x.shape, jnp.uint8).view(jnp.int8)
-            if x.ndim == 4:
-                return jnp.full(x.shape, 0.01, x.dtype)
-            # Bits rather than normal numbers: no float32 copy of the cache on the way.
-            bits = jax.random.bits(key, x.shape, jnp.uint16)
+                return jax.random.bits(key, x.shape[1:], jnp.uint8).view(jnp.int8)
+            bits = jax.random.bits(key, x.shape[1:], jnp.uint16)
             small = (bits & jnp.uint16(0x80FF)) | jnp.uint16(0x3F00)
             return small.view(jnp.bfloat16).astype(x.dtype)
 
+        return jax.lax.map(layer, jnp.arange(x.shape[0]))
+
+    @jax.jit
+    def make() -> KVCache:
         rows = jnp.full((batch,), context, jnp.int32)
         return KVCache(
             k=values(abstract.k), v=values(abstract.v), lengths=rows, ntk=jnp.zeros_like(rows),
