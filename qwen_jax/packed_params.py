@@ -10,6 +10,7 @@ model.
 """
 
 import functools
+import logging
 import math
 from typing import Any
 
@@ -34,6 +35,8 @@ from qwen_jax.sharding import check_tensor_axis, partition_spec, tensor_size
 
 Params = dict[str, Any]
 
+_log = logging.getLogger(__name__)
+
 _HEAD = QuantFormat.named("int8")
 # The dimension of each weight, counted from the end, that the tensor axis cuts: heads, FFN columns.
 CUT = {"wqkv": -3, "wo": -1, "up_gate": -2, "down": -1, "lm_head": -2}
@@ -55,12 +58,15 @@ def pays(params: Params, lora: Any, mesh: Mesh | None) -> bool:
     Packed weights are replicated over fsdp; where that would fill more than half of a card with
     them, they stay split.
     """
-    if lora is not None or not on_hopper(params["wte"].dtype) or not packable(params, mesh):
+    if lora is not None or not on_hopper(params["wte"].dtype) or not packable(params):
         return False
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return True
-    replicated = tree_bytes(params["layers"]) / tensor_size(mesh)
-    return replicated < device_limit(jax.local_devices()[0]) / 2
+    fits = packable(params, mesh)
+    if fits and mesh is not None and mesh.shape["fsdp"] > 1:
+        replicated = tree_bytes(params["layers"]) / tensor_size(mesh)
+        fits = replicated < device_limit(jax.local_devices()[0]) / 2
+    if not fits:
+        _log.warning("weights stay as they are, slower: this mesh has no layout for packed ones")
+    return fits
 
 
 def is_packed(params: Params) -> bool:

@@ -202,10 +202,20 @@ def collectives(text: str) -> list[tuple[str, str, int]]:
 
 
 @pytest.mark.parametrize(
-    "text", ["data=2,fsdp=2,tensor=2", pytest.param("tensor=2", marks=pytest.mark.slow)]
+    ("text", "kind"),
+    [
+        ("data=2,fsdp=2,tensor=2", "int4"),
+        pytest.param("tensor=2", "int4", marks=pytest.mark.slow),
+        pytest.param("tensor=2", None, marks=pytest.mark.slow),  # plain weights
+    ],
 )
-def test_a_layer_sends_two_sums_and_no_weight(text):
-    found = collectives(decode_text(*packed_on(text, "int4")))
+def test_a_layer_sends_two_sums_and_no_weight(text, kind):
+    if kind is None:
+        mesh = mesh_of(text)
+        params = init_params(CFG, jax.random.key(0), jnp.float32, None, mesh)
+    else:
+        mesh, params = packed_on(text, kind)
+    found = collectives(decode_text(mesh, params))
     # Two in the loop over layers; one joins the rows of the split embedding table. What has one
     # element asks whether all rows are done.
     sums = [(place, size) for kind, place, size in found if kind == "all-reduce" and size > 1]
