@@ -293,6 +293,8 @@ def main(argv=None):
     runtime.configure()
     if args.kind not in KINDS or (args.int8_head and args.kind == "bf16"):
         raise UsageError(f"--kind {args.kind}: expected one of {KINDS}, bf16 without --int8_head")
+    if any(not option.endswith(("=true", "=false")) for option in args.xla):
+        raise UsageError(f"--xla {' '.join(args.xla)}: expected NAME=true or NAME=false")
     cfg = configured(args)
     mesh = make_mesh(mesh_sizes(args.mesh, cfg)) if args.mesh else None
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
