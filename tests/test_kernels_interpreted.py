@@ -9,10 +9,12 @@ from ptx_interpreter import Launch, interpreted
 from qwen_jax.kernels import _pallas_append_tokens as append_body
 from qwen_jax.kernels import _pallas_decode_attention as attention_body
 from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
+from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
 from qwen_jax.kernels.decode_attention import decode_attention_xla
 from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.quantize_rows import quantize_rows_xla
 from qwen_jax.kernels.residual_norm import residual_norm_xla
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 
@@ -146,6 +148,27 @@ def test_residual_and_norm(monkeypatch, D):
     want = residual_norm_xla(*map(jnp.asarray, (x, parts, weight)), jnp.int32(1), 1e-6)
     np.testing.assert_array_equal(launch.read(outs[0]), np.asarray(want[0]))
     assert relative_error(launch.read(outs[1]), want[1]) < 2e-3
+
+
+@pytest.mark.parametrize("K", [2048, 6144])
+def test_rows_to_e4m3(monkeypatch, K):
+    x = normal(0, (3, K), BF16)
+    x[1] *= 300
+    x[2] = 0
+    launch = Launch(3, 256, 32 + 512)
+    refs = [launch.array(x)]
+    outs = [
+        launch.array(np.full((3, K), np.nan, jnp.float8_e4m3fn)),
+        launch.array(np.full(3, np.nan, np.float32)),
+    ]
+    with interpreted(launch, monkeypatch, rows_body):
+        rows_body.Body(K=K)(None, *refs, *outs, SHARED)
+    codes, unit = quantize_rows_xla(jnp.asarray(x))
+    np.testing.assert_allclose(launch.read(outs[1]), unit, rtol=1e-6)
+    got, want = (np.asarray(a, np.float32) for a in (launch.read(outs[0]), codes))
+    # A product with the reciprocal may fall on the other side of an edge between two codes.
+    assert (got != want).mean() < 1e-3
+    np.testing.assert_allclose(got, want, rtol=2**-3)
 
 
 def test_reads_outside_an_array_are_seen(monkeypatch):
