@@ -75,12 +75,12 @@ def load(
         planned = abstract_params(manifest.config, jnp.dtype(dtype), manifest.quantization)
         if not packed.pays(planned, lora, device_mesh):
             raise InputError(
-                "int8_head is for weights that are packed for one Hopper card (int4, nf4 or int8, "
+                "int8_head is for weights that are packed for Hopper cards (int4, nf4 or int8, "
                 "computing in bfloat16, without an adapter), and these are not; leave it out"
             )
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
     if packed.pays(params, lora, device_mesh):
-        params = packed.pack_params(params, consume=True, int8_head=int8_head)
+        params = packed.pack_params(params, consume=True, int8_head=int8_head, mesh=device_mesh)
     return Model(path, manifest, params, lora, device_mesh, defaults, warnings, cache_dtype, drafts)
 
 
@@ -165,7 +165,7 @@ class Model:
         rows += [rows[0]] * (padded_rows(B, self.mesh) - B)
         tokens = jnp.asarray(np.stack(rows))
         if packed.is_packed(self.params):
-            return packed.logits(self.config, self.params, tokens)[:B]
+            return packed.logits(self.config, self.params, tokens, mesh=self.mesh)[:B]
         return decoder.logits(self.config, self.params, self.lora, tokens, mesh=self.mesh)[:B]
 
     def generate(

@@ -67,8 +67,10 @@ class Engine:
         self.cache_dtype = stored_dtype(cache_dtype, params["wte"].dtype)
         if not 0 <= drafts <= MOST_DRAFTS:
             raise InputError(f"drafts is {drafts}; expected 0 (none) to {MOST_DRAFTS} tokens")
-        if packed.is_packed(params) and (lora is not None or (mesh is not None and mesh.size > 1)):
-            raise InputError("packed weights run without an adapter and on one device")
+        if packed.is_packed(params):
+            packed.check_mesh(cfg, params, mesh)
+            if lora is not None:
+                raise InputError("packed weights run without an adapter")
         # Once, and not for every token: at 72B the cast and the turn move 0.4 GB.
         prepare = jax.jit(lora_layers, static_argnums=1)
         self.pairs = {} if lora is None else prepare(lora, params["wte"].dtype)

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
-from qwen_jax.params import gathered_layer_specs
+from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs
 from qwen_jax.quant import Layer, QTensor, QuantFormat
 from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
@@ -203,8 +203,37 @@ def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
     """tokens int32 [B, T] -> [B, T, D]."""
-    x = jnp.take(params["wte"], tokens, axis=0)
-    return constrain(x, mesh, PartitionSpec(*batch_spec(), None, None))
+    table = params["wte"]
+    if mesh is None or mesh.size == 1:
+        return jnp.take(table, tokens, axis=0)
+    # By hand, because the compiler gathers the whole table, 2.5 GB at 72B, for every token.
+    layout = partition_spec(EMBEDDING_AXES, table.shape, mesh)
+    look_up = functools.partial(_look_up, *(axis or "" for axis in layout))
+    return jax.shard_map(
+        look_up, mesh=mesh, in_specs=(layout, batch_spec()), out_specs=batch_spec(),
+        check_vma=False,
+    )(table, tokens)  # fmt: skip
+
+
+def _look_up(
+    row_axis: str,  # mesh axis over which the rows of the table are split; "": none
+    column_axis: str,  # the same for its columns
+    table: jax.Array,  # this device's part, [V', D']
+    tokens: jax.Array,  # int32 [B', T]: this device's rows of the batch
+) -> jax.Array:  # [B', T, D]
+    """One device's share of `embed`: each looks its part up, and the parts change hands."""
+    if column_axis:  # the devices of the axis have other rows of the batch: all look up all
+        tokens = jax.lax.all_gather(tokens, column_axis, axis=0, tiled=True)
+    if row_axis:
+        tokens = tokens - jax.lax.axis_index(row_axis) * table.shape[0]
+    x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=0)
+    if row_axis:
+        # One device has the row and the others zeros: the sum is exact.
+        own = (tokens >= 0) & (tokens < table.shape[0])
+        x = jax.lax.psum(jnp.where(own[:, :, None], x, 0), row_axis)
+    if column_axis:
+        x = jax.lax.all_to_all(x, column_axis, split_axis=0, concat_axis=2, tiled=True)
+    return x
 
 
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:

@@ -18,10 +18,10 @@ from qwen_jax.model import Params
 
 def forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh, prompt_lengths=None):
     """The decoder for these weights: packed ones have their own."""
-    how = {"counts": counts, "prompt_lengths": prompt_lengths, "fresh": fresh}
+    how = {"counts": counts, "prompt_lengths": prompt_lengths, "fresh": fresh, "mesh": mesh}
     if packed.is_packed(params):
         return packed.forward(cfg, params, tokens, cache, **how)
-    return model.forward(cfg, params, pairs, tokens, cache, **how, mesh=mesh)
+    return model.forward(cfg, params, pairs, tokens, cache, **how)
 
 
 def fill(

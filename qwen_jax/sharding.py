@@ -80,8 +80,9 @@ def provide_devices(count: int) -> None:
     """Asks for `count` virtual CPU devices, if no backend runs yet; a GPU machine is unaffected."""
     flags = os.environ.get("XLA_FLAGS", "")
     if count > 1 and "xla_force_host_platform_device_count" not in flags:
+        count = max(min(count, MAX_VIRTUAL_DEVICES), jax.config.jax_num_cpu_devices)
         try:
-            jax.config.update("jax_num_cpu_devices", min(count, MAX_VIRTUAL_DEVICES))
+            jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # a backend runs already; make_mesh counts what it has
             return
 
@@ -137,6 +138,11 @@ def batch_spec() -> PartitionSpec:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def tensor_size(mesh: Mesh | None) -> int:
+    """Devices over which heads and FFN columns are split."""
+    return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:

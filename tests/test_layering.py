@@ -20,6 +20,7 @@ ORDER = [
     "adapters",
     "memory",
     "cache",
+    "packed_params",
     "model",
     "packed",
     "prefill",
