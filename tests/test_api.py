@@ -44,7 +44,7 @@ def test_the_engine_gets_what_load_was_told(checkpoint):
     [
         (dict(cache_dtype="int4"), "cache_dtype is 'int4'; expected int8, or nothing .* bfloat16"),
         (dict(cache_dtype=jnp.float16), "cache_dtype is 'float16'"),
-        (dict(int8_head=True), "int8_head is for weights that are packed for one Hopper card"),
+        (dict(int8_head=True), "int8_head is for weights that are packed for Hopper cards"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_loading(

@@ -116,7 +116,7 @@ def test_generate_refuses(home, flags, message, capsys):
         (["--cache_dtype", "int4"], 2, "expected int8"),
         (["--cache_dtype", "int4", "--plan"], 1, "expected int8"),
         (["--drafts", "16"], 2, "--drafts is 16; expected 0 (none) to 15"),
-        (["--int8_head"], 1, "packed for one Hopper card"),
+        (["--int8_head"], 1, "packed for Hopper cards"),
     ],
 )
 def test_settings_of_memory_and_speed_that_do_not_fit(home, name, flags, code, message, capsys):
