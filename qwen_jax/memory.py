@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from qwen_jax import processes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.params import abstract_params, param_table
@@ -96,3 +97,11 @@ class Budget:
 def device_limit(device: jax.Device) -> int:
     """Bytes that jax may allocate on a device; 0 where the backend does not say (CPU)."""
     return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def mesh_limit(mesh: Mesh) -> int:
+    """The same of the smallest device of a mesh, whichever process it belongs to."""
+    smallest = min(device_limit(device) for device in mesh.local_devices) >> 20  # fits 32 bits
+    # The smallest of all: what follows from it must be the same in every process.
+    unused = 2**31 - 1
+    return (unused - processes.most(unused - smallest)) << 20
