@@ -53,9 +53,8 @@ def joined(
             )
         yield
         return
-    # Before jax counts its devices; GPUs are not concerned.
-    jax.config.update("jax_num_cpu_devices", max(1, devices // (num_processes or devices)))
-    _initialize(coordinator, num_processes, process_id, _numbers(local_devices))
+    share = max(1, devices // (num_processes or devices))
+    _initialize(coordinator, num_processes, process_id, _numbers(local_devices), share)
     try:
         with _silent(jax.process_index() > 0):
             yield
@@ -175,7 +174,11 @@ class Agreed:
 
 
 def _initialize(
-    coordinator: str, count: int | None, index: int | None, devices: list[int] | None
+    coordinator: str,
+    count: int | None,
+    index: int | None,
+    devices: list[int] | None,
+    virtual: int,  # CPU devices of this process, if it has no GPU
 ) -> None:
     explicit: dict[str, Any] = {}
     if coordinator != AUTO:
@@ -187,6 +190,8 @@ def _initialize(
         explicit = {"cluster_detection_method": "deactivate", "coordinator_address": coordinator}
     if count is not None and index is not None and not 0 <= index < count:
         raise UsageError(f"--process_id {index}: expected 0 to {count - 1}")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", virtual)
     try:
         jax.distributed.initialize(
             num_processes=count,

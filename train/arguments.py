@@ -33,7 +33,14 @@ _COUNTS = (
     "num_processes",
 )
 _POSITIVE = ("lora_alpha", "learning_rate", "num_train_epochs", "device_memory")
-_NOT_NEGATIVE = ("warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed", "process_id")
+_NOT_NEGATIVE = (
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "process_id",
+)
 # int32 steps, and seeds of 32 bits: jax.random.key drops the rest.
 _MOST = {
     "lora_rank": 2**16,
