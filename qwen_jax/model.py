@@ -26,7 +26,7 @@ from qwen_jax.kernels.qmatmul import Weight, qmatmul
 from qwen_jax.params import gathered_layer_specs
 from qwen_jax.quant import Layer, QTensor, QuantFormat
 from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
-from qwen_jax.sharding import batch_spec, constrain
+from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
 Params = dict[str, Any]
 
@@ -203,7 +203,15 @@ def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
     """tokens int32 [B, T] -> [B, T, D]."""
-    x = jnp.take(params["wte"], tokens, axis=0)
+    if mesh is not None and mesh.shape["fsdp"] > 1:
+        # Each device looks its columns up for the rows of all, and rows are then exchanged for
+        # columns: 34 MB for 2,048 tokens of 72B. Left to itself XLA gathers the table, 2.5 GB.
+        tokens = constrain(tokens, mesh, PartitionSpec("data", None))
+        columns = partition_spec(("embed_out",), params["wte"].shape[-1:], mesh)
+        x = jnp.take(params["wte"], tokens, axis=0)
+        x = constrain(x, mesh, PartitionSpec("data", None, *columns))
+    else:
+        x = jnp.take(params["wte"], tokens, axis=0)
     return constrain(x, mesh, PartitionSpec(*batch_spec(), None, None))
 
 

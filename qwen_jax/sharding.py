@@ -79,9 +79,11 @@ def check_tensor_axis(sizes: dict[str, int], units: dict[str, int]) -> None:
 def provide_devices(count: int) -> None:
     """Asks for `count` virtual CPU devices, if no backend runs yet; a GPU machine is unaffected."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if count > 1 and "xla_force_host_platform_device_count" not in flags:
+    count = min(count, MAX_VIRTUAL_DEVICES)
+    asked = jax.config.jax_num_cpu_devices  # -1: by nobody
+    if count > max(1, asked) and "xla_force_host_platform_device_count" not in flags:
         try:
-            jax.config.update("jax_num_cpu_devices", min(count, MAX_VIRTUAL_DEVICES))
+            jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # a backend runs already; make_mesh counts what it has
             return
 

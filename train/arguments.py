@@ -81,7 +81,7 @@ class Args:
     process_id: int | None = None
     """which of them this is, from 0; with --coordinator HOST:PORT"""
     local_devices: str | None = None
-    """GPUs of this process, such as 0 or 0,1; unset: all that it sees, under SLURM or Open MPI one"""
+    """GPUs of this process, such as 0 or 0,1; unset: all it sees, under SLURM or Open MPI one"""
 
     lora_rank: int = 8
     """rank of every pair of matrices"""

@@ -109,6 +109,6 @@ class Report:
 
 
 def peak_memory() -> int:
-    """Most bytes that one device of this process has held so far; 0 where the backend does not say (CPU)."""
+    """Most bytes that a device of this process has held; 0 where the backend does not say (CPU)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(s.get("peak_bytes_in_use", 0) for s in stats)
