@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 _OPERATION = re.compile(rf"= (\(.*?\)|\S+) ({_KINDS})(-start)?\(")
@@ -32,9 +34,14 @@ class Collective:
     kind: str
     dtypes: tuple[str, ...]  # of the arrays that it moves, each once
     size: int  # bytes of its result on one device (of a reduce-scatter: of its operand)
-    group: int  # devices that take part
+    members: tuple[int, ...]  # devices of the first group, by their place in the mesh
     times: int  # how often a run of the program does it
     place: str  # op_name: the path of the function that it stems from
+
+    @property
+    def group(self) -> int:
+        """Devices that take part."""
+        return len(self.members)
 
     @property
     def sent(self) -> float:
@@ -71,14 +78,14 @@ def _collective(line: str, match: re.Match, times: int) -> Collective:
         # A start gives its operands back beside its results; all-reduce alone does not.
         arrays = [a for a in arrays if a[0] not in ("u32", "s32") or a[1] > 4] or arrays
         arrays = arrays[len(arrays) // 2 :]
-    group = _group(line)
+    members = _members(line)
     size = sum(size for _, size in arrays)
     place = re.search(r'op_name="([^"]*)"', line)
     return Collective(
         kind=kind,
         dtypes=tuple(sorted({dtype for dtype, _ in arrays})),
-        size=size * group if kind == "reduce-scatter" else size,
-        group=group,
+        size=size * len(members) if kind == "reduce-scatter" else size,
+        members=members,
         times=times,
         place=place[1] if place else "",
     )
@@ -92,17 +99,33 @@ def _bytes(dtype: str, shape: str) -> int:
     return -(-count * bits // 8)
 
 
-def _group(line: str) -> int:
-    """How many devices take part: {{0,1},{2,3}}, [groups,devices]<=[...] or mesh['x'=2] {'x'}."""
+def _members(line: str) -> tuple[int, ...]:
+    """The first group: of {{0,1},{2,3}}, of [2,2]<=[4], or of mesh['x'=2,'y'=2] {'y'}."""
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", line):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(match[2])
+        return tuple(int(one) for one in match[1].split(","))
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        groups, dims, order = (
+            [int(x) for x in (part or "").split(",") if x] for part in match.groups()
+        )
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order or None)
+        return tuple(ids.reshape(groups)[0].tolist())
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
-        # An axis may be named in part: 'x':(first)size.
-        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in named)
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+        ids = np.arange(math.prod(sizes.values()))
+        shape, chosen = [], []
+        named = {a: (f, n) for a, f, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[2])}
+        for axis, size in sizes.items():
+            if axis not in named:
+                shape.append(size)
+                continue
+            # An axis may be named in part, 'x':(before)size.
+            before, part = (int(n) if n else None for n in named[axis])
+            before, part = before or 1, part or size
+            chosen.append(len(shape) + 1)
+            shape += [before, part, size // before // part]
+        ids = np.moveaxis(ids.reshape(shape), chosen, range(-len(chosen), 0))
+        group = math.prod(shape[i] for i in chosen)
+        return tuple(ids.reshape(-1, group)[0].tolist())
     raise ValueError(f"no replica groups in {line.strip()[:200]!r}")
 
 

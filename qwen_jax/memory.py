@@ -15,9 +15,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from qwen_jax import processes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.params import abstract_params, param_table
+from qwen_jax.params import abstract_params, param_table, tree_bytes
 from qwen_jax.quant import QTensor, QuantFormat
-from qwen_jax.sharding import MESH_AXES
+from qwen_jax.sharding import MESH_AXES, describe_mesh
 
 GB = 1e9
 
@@ -58,6 +58,31 @@ def weight_bytes(
         for name, part in parts.items():
             out[name] = out.get(name, 0) + device_bytes(part)
     return out
+
+
+def replicated_share(
+    cfg: ModelConfig, dtype: Any, fmt: QuantFormat | None, sizes: dict[str, int]
+) -> str | None:
+    """A line about the weights that an axis of the mesh does not divide; None if there are none."""
+    tree = abstract_params(cfg, dtype, fmt, abstract_mesh(sizes))
+    total, whole, names = 0, 0, []
+    for spec in param_table(cfg):
+        leaf = tree
+        for name in spec.path:
+            leaf = leaf[name]
+        total += (size := tree_bytes(leaf))
+        main = leaf.data if isinstance(leaf, QTensor) else leaf
+        cut = {axis for part in main.sharding.spec if part for axis in np.ravel(part).tolist()}
+        missing = [axis for axis in ("fsdp", "tensor") if sizes[axis] > 1 and axis not in cut]
+        if missing and spec.role not in ("norm", "bias"):
+            whole += size
+            names.append(f"{spec.path[-1]} over {' and '.join(missing)}")
+    if not names:
+        return None
+    return (
+        f"mesh {describe_mesh(sizes)}: {whole / GB:.2f} of {total / GB:.2f} GB of weights are not "
+        f"cut, the axis does not divide them ({', '.join(names)}): each of its devices holds all of them"
+    )
 
 
 def layer_values(cfg: ModelConfig) -> int:

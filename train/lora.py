@@ -29,7 +29,7 @@ from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.manifest import load_manifest, planned_manifest
-from qwen_jax.memory import mesh_limit
+from qwen_jax.memory import mesh_limit, replicated_share
 from qwen_jax.params import tree_bytes
 from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
@@ -98,6 +98,7 @@ def prepare(args: Args, sizes: dict[str, int]) -> None:
         print("compute fp8: faster and coarser; no long run has shown yet that it trains as well")
     plan = Plan.make(args, model, sizes, len(dataset.examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
+    say_replicated(model, sizes)
     longest = max(len(example.ids) for example in dataset.examples)
     length = bucket_length(longest, args.cutoff_len)
     limit = mesh_limit(mesh)
@@ -115,6 +116,13 @@ def check_heads(sizes: dict[str, int], cfg: ModelConfig) -> None:
     check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
 
 
+def say_replicated(model: ModelPlan, sizes: dict[str, int]) -> None:
+    """Prints which weights the mesh does not divide, if any."""
+    line = replicated_share(model.manifest.config, model.dtype, model.format, sizes)
+    if line:
+        print(line)
+
+
 def print_plan(args: Args, sizes: dict[str, int]) -> None:
     """What --plan prints: from the parameter table, with no weights and on any machine."""
     manifest = planned_manifest(args.model_name_or_path)
@@ -122,6 +130,7 @@ def print_plan(args: Args, sizes: dict[str, int]) -> None:
     model = ModelPlan.make(args, manifest)
     remat, budget = decide(args, model, sizes, bucket_length(args.cutoff_len, args.cutoff_len), 0)
     print(describe_trainable(manifest.config, model.lora))
+    say_replicated(model, sizes)
     print(f"memory of each of {math.prod(sizes.values())} devices ({describe_mesh(sizes)}), "
           f"rows of {args.cutoff_len} tokens, remat {remat}:\n{budget.describe()}")  # fmt: skip
     budget.check(REMEDY)
