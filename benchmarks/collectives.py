@@ -24,6 +24,8 @@ _CALLED = re.compile(
     r"(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
 _TRIPS = re.compile(r"known_trip_count[^\d]{1,8}n[^\d]{1,4}(\d+)")
+_ORDER = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_ORDER}\))? \{{([^}}]*)\}}")
 _HEAD = re.compile(r"^(ENTRY )?(%?[\w.\-]+) .*\{\s*$")
 
 
@@ -102,31 +104,40 @@ def _bytes(dtype: str, shape: str) -> int:
 def _members(line: str) -> tuple[int, ...]:
     """The first group: of {{0,1},{2,3}}, of [2,2]<=[4], or of mesh['x'=2,'y'=2] {'y'}."""
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", line):
-        return tuple(int(one) for one in match[1].split(","))
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        groups, dims, order = (
-            [int(x) for x in (part or "").split(",") if x] for part in match.groups()
-        )
-        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order or None)
-        return tuple(ids.reshape(groups)[0].tolist())
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
-        ids = np.arange(math.prod(sizes.values()))
-        shape, chosen = [], []
-        named = {a: (f, n) for a, f, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[2])}
-        for axis, size in sizes.items():
-            if axis not in named:
-                shape.append(size)
-                continue
-            # An axis may be named in part, 'x':(before)size.
-            before, part = (int(n) if n else None for n in named[axis])
-            before, part = before or 1, part or size
-            chosen.append(len(shape) + 1)
-            shape += [before, part, size // before // part]
-        ids = np.moveaxis(ids.reshape(shape), chosen, range(-len(chosen), 0))
-        group = math.prod(shape[i] for i in chosen)
-        return tuple(ids.reshape(-1, group)[0].tolist())
-    raise ValueError(f"no replica groups in {line.strip()[:200]!r}")
+        return tuple(_numbers(match[1]))
+    if match := re.search(rf"replica_groups=\[([\d,]+)\]<={_ORDER}", line):
+        return tuple(_ordered(match[2], match[3]).reshape(_numbers(match[1]))[0].tolist())
+    if match := _MESH.search(line):
+        return _members_of_axes(*match.groups())
+    raise ValueError(f"no replica groups in {line.strip()[:300]!r}")
+
+
+def _members_of_axes(mesh: str, dims: str | None, order: str | None, named: str) -> tuple[int, ...]:
+    sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    ids = _ordered(dims or str(math.prod(sizes.values())), order)
+    # An axis may be named in part: 'x':(before)size.
+    parts = {axis: (b, n) for axis, b, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named)}
+    shape, chosen = [], []
+    for axis, size in sizes.items():
+        if axis not in parts:
+            shape.append(size)
+            continue
+        before, part = int(parts[axis][0] or 1), int(parts[axis][1] or size)
+        chosen.append(len(shape) + 1)
+        shape += [before, part, size // before // part]
+    ids = np.moveaxis(ids.reshape(shape), chosen, range(-len(chosen), 0))
+    group = math.prod(shape[place] for place in chosen)
+    return tuple(ids.reshape(-1, group)[0].tolist())
+
+
+def _ordered(dims: str, order: str | None) -> np.ndarray:
+    """Device numbers as [2,4]T(1,0) lists them."""
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -81,7 +81,8 @@ def replicated_share(
         return None
     return (
         f"mesh {describe_mesh(sizes)}: {whole / GB:.2f} of {total / GB:.2f} GB of weights are not "
-        f"cut, the axis does not divide them ({', '.join(names)}): each of its devices holds all of them"
+        f"cut, the axis does not divide them ({', '.join(names)}): each of its devices holds all "
+        "of them"
     )
 
 
