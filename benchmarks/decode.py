@@ -1,42 +1,53 @@
-"""Generation at full width with random int4 weights: tokens a second against the card's memory.
+"""Generation at full width with random weights: tokens a second against the cards' memory.
 
     python -m benchmarks.decode --layers 80 --batch 1 4 16:int8 --context 1024
     python -m benchmarks.decode --batch 1 4 --peer         gpt-fast's recipe in PyTorch beside it
+    python -m benchmarks.decode --mesh tensor=2 --against_one    on two cards, then on one of them
+    python -m benchmarks.decode --share 2                  one card's share of tensor=2, no sums
+    python -m benchmarks.decode --kind bf16 --layers 40    plain weights; int8 and nf4 too
     python -m benchmarks.decode --toy                      a size that a CPU can do
 
 Steps are the engine's own dispatches, sampling with repetition penalty and top-p included. The
-limit is bytes (weights, scales, head, filled cache) over the read bandwidth measured in the same
-process.
+limit is bytes of a device (weights, scales, head, filled cache) over the read bandwidth measured in
+the same process; GB/s are of one device.
 """
 
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.profile import kernel_table
+from benchmarks.random_weights import filled_cache, random_params
 from qwen_jax import packed, runtime, steps
-from qwen_jax.cache import KVCache, abstract_cache
+from qwen_jax.api import mesh_sizes
+from qwen_jax.cache import init_cache
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine import PREFILL_TOKENS, padded_rows
+from qwen_jax.errors import UsageError
 from qwen_jax.files import read_json_object
-from qwen_jax.kernels import append_attention, residual_norm
-from qwen_jax.kernels.packing import PackedWeight
-from qwen_jax.params import init_params, tree_bytes
+from qwen_jax.params import init_params
+from qwen_jax.prefill import fill
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
+from qwen_jax.sharding import make_mesh
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+KINDS = ("int4", "nf4", "int8", "bf16")
 TOY = ModelConfig(
-    vocab_size=512, hidden_size=128, num_layers=2, num_heads=2, head_dim=64, ffn_size=384
+    vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, head_dim=64, ffn_size=384
 )
 
 
@@ -45,6 +56,11 @@ class Args:
     """Times decoding of a Qwen-shaped model with random packed weights."""
 
     config: str = "qwen_72b"  # a file in configs/
+    kind: str = "int4"  # of the weights: int4, nf4, int8, or bf16 for plain ones
+    mesh: str = ""  # devices, as for generation: 2, or tensor=2,data=2; default one
+    against_one: bool = False  # the same on one device of the mesh too, and the ratio
+    share: int = 1  # heads, FFN columns and vocabulary divided by so many, on one device
+    xla: tuple[str, ...] = ()  # options of the decode program, NAME=true or NAME=false
     layers: int | None = None  # default: as many as the config has
     batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
     context: int = 1024  # tokens already in the cache
@@ -53,80 +69,14 @@ class Args:
     dispatches: int = 6  # timed dispatches of steps.BLOCK tokens, after two that are not
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
-    kernels: tuple[str, ...] = ()  # the first batch again, with these too: append, norm
+    prefill_chunk: int = PREFILL_TOKENS  # of them at once
     check: bool = False  # first compare one layer with its reference
     peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
     profile: bool = False  # print the longest kernels of a dispatch
 
 
-def random_packed(cfg: ModelConfig, int8_head: bool = False) -> dict:
-    """A packed tree with random codes: what quantizing random weights would give, but at once."""
-    L, D, F, V = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.vocab_size
-    N, H = cfg.num_heads, cfg.head_dim
-    key = jax.random.key(0, impl="rbg")
-
-    def weight(*out: int, size: int) -> PackedWeight:
-        rows = int(np.prod(out)) // 16
-        codes = jax.random.bits(key, (L, rows, size // 64, 32, 4), jnp.uint32)
-        scale = jnp.full((L, rows, size // 512, 8, 8), 0.0043, jnp.float16)  # weights of 0.02
-        return PackedWeight(codes=codes, scale=scale, out_shape=out, in_size=size)
-
-    def table() -> jax.Array:
-        return jax.random.normal(key, (V, D), jnp.bfloat16) * 0.02
-
-    def packed_head() -> PackedWeight:
-        codes = jax.random.bits(key, (1, V // 16, D // 32, 32, 4), jnp.uint32)
-        scale = jnp.full((1, V), 0.00027, jnp.float32)
-        return PackedWeight(codes=codes, scale=scale, out_shape=(V,), in_size=D, kind="int8")
-
-    ones = jnp.ones((L, D), jnp.bfloat16)
-    up_gate = weight(2, F, size=D)
-    return {
-        "wte": table(),
-        "layers": {
-            "ln_1": ones,
-            "ln_2": ones,
-            "attn": {
-                "wqkv": weight(3, N, H, size=D),
-                "bqkv": jnp.zeros((L, 3, N, H), jnp.bfloat16),
-                "wo": weight(D, size=N * H),
-            },
-            "mlp": {"up_gate": up_gate, "down": weight(D, size=F)},
-        },
-        "ln_f": jnp.ones((D,), jnp.bfloat16),
-        "lm_head": packed_head() if int8_head else table(),
-    }
-
-
-def filled_cache(cfg: ModelConfig, batch: int, capacity: int, context: int, dtype) -> KVCache:
-    abstract = abstract_cache(cfg, batch, capacity, dtype)
-    key = jax.random.key(7, impl="rbg")
-
-    @jax.jit
-    def make() -> KVCache:
-        def values(x):
-            if x is None:
-                return None
-            if x.dtype == jnp.int8:
-                return jax.random.bits(key, x.shape, jnp.uint8).view(jnp.int8)
-            if x.ndim == 4:
-                return jnp.full(x.shape, 0.01, x.dtype)
-            # Bits rather than normal numbers: no float32 copy of the cache on the way.
-            bits = jax.random.bits(key, x.shape, jnp.uint16)
-            small = (bits & jnp.uint16(0x80FF)) | jnp.uint16(0x3F00)
-            return small.view(jnp.bfloat16).astype(x.dtype)
-
-        rows = jnp.full((batch,), context, jnp.int32)
-        return KVCache(
-            k=values(abstract.k), v=values(abstract.v), lengths=rows, ntk=jnp.zeros_like(rows),
-            k_scale=values(abstract.k_scale), v_scale=values(abstract.v_scale),
-        )  # fmt: skip
-
-    return make()
-
-
-def start(cfg: ModelConfig, args: Args, batch: int, capacity: int, dtype):
+def start(cfg: ModelConfig, args: Args, batch: int, capacity: int, dtype, mesh: Mesh | None):
     """Requests and the state after a prompt of `context` tokens."""
     sampling = SamplingParams(
         greedy=args.greedy, top_p=0.8, repetition_penalty=1.1, max_new_tokens=2**30
@@ -139,7 +89,7 @@ def start(cfg: ModelConfig, args: Args, batch: int, capacity: int, dtype):
         stops=jnp.array([cfg.vocab_size - 1], jnp.int32),
     )
     state = steps.DecodeState(
-        cache=filled_cache(cfg, batch, capacity, args.context, dtype),
+        cache=filled_cache(cfg, batch, capacity, args.context, dtype, mesh),
         token=jnp.arange(batch, dtype=jnp.int32),
         seen=jnp.zeros((batch, cfg.vocab_size), bool),
         steps=jnp.zeros((batch,), jnp.int32),
@@ -164,7 +114,7 @@ def bandwidth() -> float:
 def check(cfg: ModelConfig) -> None:
     """One step through one layer: every kernel by name against the references."""
     cfg = dataclasses.replace(cfg, num_layers=1)
-    params = random_packed(cfg)
+    params = random_params(cfg, "int4", None)
     tokens = jnp.arange(3, dtype=jnp.int32)[:, None]
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -190,39 +140,52 @@ def check(cfg: ModelConfig) -> None:
                   flush=True)  # fmt: skip
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of these arrays."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
 def measure(
-    cfg: ModelConfig, args: Args, params: dict, batch: int, cache_dtype: str, rate: float
-) -> dict:
+    cfg: ModelConfig, args: Args, params: dict, batch: int, cache_dtype: str, rate: float,
+    mesh: Mesh | None,
+) -> dict:  # fmt: skip
     tokens = (args.dispatches + 4) * steps.BLOCK
     capacity = -(-(args.context + tokens) // 64) * 64
     dtype = jnp.dtype(cache_dtype) if cache_dtype else params["wte"].dtype
-    requests, state = start(cfg, args, batch, capacity, dtype)
-    fixed = (cfg, None, cfg.vocab_size, params, None, requests)
+    split = padded_rows(1, mesh)
+    if batch % split:
+        raise UsageError(f"a batch of {batch} rows on a mesh that splits them by {split}")
+    requests, state = start(cfg, args, batch, capacity, dtype, mesh)
+    fixed = (cfg, mesh, cfg.vocab_size, params, None, requests)
+    xla = tuple((name, value == "true") for name, _, value in (x.partition("=") for x in args.xla))
     began = time.perf_counter()
-    state, block, _ = steps.decode(*fixed, state)
+    state, block, _ = steps.decode(*fixed, state, xla)
     jax.block_until_ready(block)
     compile_seconds = time.perf_counter() - began
-    state, block, _ = steps.decode(*fixed, state)
+    state, block, _ = steps.decode(*fixed, state, xla)
     jax.block_until_ready(block)
     began = time.perf_counter()
     for _ in range(args.dispatches):
-        state, block, _ = steps.decode(*fixed, state)
+        state, block, _ = steps.decode(*fixed, state, xla)
     jax.block_until_ready(block)
     seconds = (time.perf_counter() - began) / (args.dispatches * steps.BLOCK)
     filled = args.context + tokens // 2
-    weights = tree_bytes(params) - tree_bytes(params["wte"])
+    weights = device_bytes(params) - device_bytes(params["wte"])
     stacks = (state.cache.k, state.cache.v, state.cache.k_scale, state.cache.v_scale)
-    kept = tree_bytes([x for x in stacks if x is not None]) * filled / capacity
+    kept = device_bytes(stacks) * filled / capacity
     limit = (weights + kept) / rate
     memory = jax.local_devices()[0].memory_stats() or {}
     if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                state, block, _ = steps.decode(*fixed, state)
+                state, block, _ = steps.decode(*fixed, state, xla)
                 jax.block_until_ready(block)
             print(kernel_table(pathlib.Path(folder), steps.BLOCK, top=24), flush=True)
     return {
         "batch": batch,
+        "devices": 1 if mesh is None else mesh.size,
         "cache": str(dtype),
         "tok/s": round(batch / seconds, 1),
         "ms/step": round(seconds * 1e3, 2),
@@ -237,26 +200,37 @@ def measure(
     }
 
 
-def print_row(cfg: ModelConfig, args: Args, params: dict, name: str, rate: float) -> None:
+def print_row(
+    cfg: ModelConfig, args: Args, params: dict, name: str, rate: float, mesh: Mesh | None,
+    mesh_speed: float = 0.0,
+) -> float:  # fmt: skip
+    """Measures one batch and returns its tokens a second; with `mesh_speed`, the ratio to these."""
     batch, _, cache_dtype = name.partition(":")
     try:
-        row = measure(cfg, args, params, int(batch), cache_dtype, rate)
-        print(json.dumps(row), flush=True)
+        row = measure(cfg, args, params, int(batch), cache_dtype, rate, mesh)
     except Exception as e:  # one row that fails must not hide the others
         print(f"batch {name}: {type(e).__name__}: {str(e)[:500]}", flush=True)
+        return 0.0
+    if mesh_speed:
+        row["mesh / one"] = round(mesh_speed / row["tok/s"], 2)
+    print(json.dumps(row), flush=True)
+    return row["tok/s"]
 
 
-def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
+def prefill_seconds(
+    cfg: ModelConfig, params: dict, tokens: int, chunk: int, mesh: Mesh | None
+) -> float:
     """Time of one prompt through an empty cache, the head at its last token included."""
+    rows = padded_rows(1, mesh)
+    counts = jnp.full((rows,), tokens, jnp.int32)
 
     @jax.jit
     def prompt(params, ids):
-        abstract = abstract_cache(cfg, 1, tokens, params["wte"].dtype)
-        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
-        hidden, cache = packed.forward(cfg, params, ids, cache, fresh=True)
-        return packed.unembed(params, hidden[:, -1]), cache
+        cache = init_cache(cfg, rows, tokens, params["wte"].dtype, mesh)
+        last, cache = fill(cfg, mesh, params, {}, cache, ids, counts, chunk)
+        return packed.unembed(params, last, mesh), cache
 
-    ids = jax.random.randint(jax.random.key(3), (1, tokens), 0, cfg.vocab_size)
+    ids = jax.random.randint(jax.random.key(3), (rows, tokens), 0, cfg.vocab_size)
     jax.block_until_ready(prompt(params, ids))
     times = []
     for _ in range(3):
@@ -266,17 +240,21 @@ def prefill_seconds(cfg: ModelConfig, params: dict, tokens: int) -> float:
     return float(np.median(times))
 
 
-def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) -> float:
+def verify_seconds(
+    cfg: ModelConfig, params: dict, context: int, tokens: int, mesh: Mesh | None
+) -> float:
     """Time of one pass over `tokens` new tokens of one row, with all their logits."""
-    cache = filled_cache(cfg, 1, -(-(context + tokens) // 64) * 64, context, params["wte"].dtype)
-    ids = jnp.arange(tokens, dtype=jnp.int32)[None]
+    rows, room = padded_rows(1, mesh), -(-(context + tokens) // 64) * 64
+    cache = filled_cache(cfg, rows, room, context, params["wte"].dtype, mesh)
+    ids = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
+    counts = jnp.full((rows,), tokens, jnp.int32)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def several(params, cache):
         def one(_, carry):
             cache, total = carry
-            hidden, new = packed.forward(cfg, params, ids, cache)
-            total = total + packed.unembed(params, hidden).max()
+            hidden, new = steps.forward(cfg, mesh, params, None, ids, cache, counts, fresh=False)
+            total = total + packed.unembed(params, hidden, mesh).max()
             return new.replace(lengths=cache.lengths), total
 
         return jax.lax.fori_loop(0, 8, one, (cache, jnp.float32(0)))
@@ -287,6 +265,28 @@ def verify_seconds(cfg: ModelConfig, params: dict, context: int, tokens: int) ->
     return (time.perf_counter() - began) / 8
 
 
+def make_params(cfg: ModelConfig, args: Args, mesh: Mesh | None) -> dict:
+    if not args.toy:
+        params = random_params(cfg, args.kind, mesh, args.int8_head)
+    else:  # really quantized, in float32
+        fmt = None if args.kind == "bf16" else QuantFormat.named(args.kind)
+        params = init_params(cfg, jax.random.key(0), jnp.float32, fmt, mesh)
+        if fmt is not None:
+            params = packed.pack_params(params, int8_head=args.int8_head, mesh=mesh)
+    return jax.block_until_ready(params)
+
+
+def configured(args: Args) -> ModelConfig:
+    config = CONFIGS / f"{args.config}.json"
+    cfg = TOY if args.toy else ModelConfig.from_hf(read_json_object(config))
+    sizes = {"num_heads": cfg.num_heads, "ffn_size": cfg.ffn_size, "vocab_size": cfg.vocab_size}
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size % args.share]
+    if wrong:
+        raise UsageError(f"--share {args.share} does not divide {', '.join(wrong)}")
+    cfg = dataclasses.replace(cfg, **{name: size // args.share for name, size in sizes.items()})
+    return dataclasses.replace(cfg, num_layers=args.layers) if args.layers else cfg
+
+
 def main(argv=None):
     args = parse(Args, argv)
     if args.peer:
@@ -295,35 +295,30 @@ def main(argv=None):
         command += ["--context", str(args.context), "--layers", str(args.layers or 80)]
         subprocess.run(command, check=False)
     runtime.configure()
-    config = CONFIGS / f"{args.config}.json"
-    cfg = TOY if args.toy else ModelConfig.from_hf(read_json_object(config))
-    if args.layers:
-        cfg = dataclasses.replace(cfg, num_layers=args.layers)
+    if args.kind not in KINDS or (args.int8_head and args.kind == "bf16"):
+        raise UsageError(f"--kind {args.kind}: expected one of {KINDS}, bf16 without --int8_head")
+    if any(not option.endswith(("=true", "=false")) for option in args.xla):
+        raise UsageError(f"--xla {' '.join(args.xla)}: expected NAME=true or NAME=false")
+    cfg = configured(args)
+    mesh = make_mesh(mesh_sizes(args.mesh, cfg)) if args.mesh else None
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     rate = bandwidth()
     print(f"row sums read {rate / 1e12:.2f} TB/s", flush=True)
     if args.check and not args.toy:
         check(cfg)
-    if args.toy:
-        fmt = QuantFormat.named("int4")
-        params = packed.pack_params(init_params(cfg, jax.random.key(0), jnp.float32, fmt))
-    else:
-        params = random_packed(cfg, args.int8_head)
-    jax.block_until_ready(params)
-    for name in args.batch:
-        print_row(cfg, args, params, name, rate)
-    for kernel in args.kernels:
-        print(f"batch {args.batch[0]}, kernel {kernel} too:", flush=True)
-        module = {"append": append_attention, "norm": residual_norm}[kernel]
-        module.choose = lambda *_: "xla" if args.toy else "mosaic"
-        jax.clear_caches()
-        print_row(cfg, args, params, args.batch[0], rate)
+    params = make_params(cfg, args, mesh)
+    speeds = [print_row(cfg, args, params, name, rate, mesh) for name in args.batch]
     for tokens in (1, args.verify) if args.verify else ():
-        seconds = verify_seconds(cfg, params, args.context, tokens)
+        seconds = verify_seconds(cfg, params, args.context, tokens, mesh)
         print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)
     if args.prefill:
-        seconds = prefill_seconds(cfg, params, args.prefill)
+        seconds = prefill_seconds(cfg, params, args.prefill, args.prefill_chunk, mesh)
         print(f"prefill of {args.prefill} tokens: {seconds:.3f} s", flush=True)
+    if args.against_one and mesh is not None:
+        del params  # or one card would hold its share and the whole
+        params = make_params(cfg, args, None)
+        for name, speed in zip(args.batch, speeds, strict=True):
+            print_row(cfg, args, params, name, rate, None, speed)
 
 
 if __name__ == "__main__":

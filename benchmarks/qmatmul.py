@@ -39,6 +39,7 @@ class Args:
     rows: tuple[int, ...] = (1, 8, 16)  # rows of activations
     kinds: tuple[str, ...] = ("int4",)  # int4, nf4, int8
     shapes: tuple[str, ...] = tuple(SHAPES)
+    tensor: int = 1  # one device's slice of the shapes on a mesh with tensor=N
     sweep: bool = False  # try candidate tilings instead of the tuned ones
     seconds: float = 150.0  # a sweep stops after this
 
@@ -62,6 +63,12 @@ SWEEP = {
         (1, 4, 2, 8), (1, 8, 2, 8),
     ],
 }  # fmt: skip
+
+
+def cut_shape(name: str, tensor: int) -> tuple[int, int]:
+    """What one device of a tensor axis has: a part of the outputs, or of the inputs."""
+    N, K = SHAPES[name]
+    return (N, K // tensor) if name in ("wo", "down") else (N // tensor, K)
 
 
 def random_stack(N: int, K: int, kind: str = "int4") -> tuple[jax.Array, jax.Array]:
@@ -141,7 +148,7 @@ def relative_error(fn, M: int, N: int, K: int, kind: str) -> float:
 def sweep(args: Args) -> None:
     began = time.perf_counter()
     for name in args.shapes:
-        N, K = SHAPES[name]
+        N, K = cut_shape(name, args.tensor)
         codes, scale = random_stack(N, K)
         size = (codes.nbytes + scale.nbytes) / LAYERS
         for candidate in SWEEP[name]:
@@ -165,7 +172,7 @@ def sweep(args: Args) -> None:
 def table(args: Args) -> None:
     print("format | shape | rows | tiling | us | TB/s | relative error")
     for kind, name in itertools.product(args.kinds, args.shapes):
-        N, K = SHAPES[name]
+        N, K = cut_shape(name, args.tensor)
         codes, scale = random_stack(N, K, kind)
         size = (codes.nbytes + scale.nbytes) / LAYERS
         for M in args.rows:

@@ -145,7 +145,8 @@ def estimate(args: Args, sizes: dict[str, int], found: list[Collective]) -> Esti
         seconds = size / speed + one.times * args.latency * 1e-6
         total += seconds
         over_tensor = max(one.members) < sizes["tensor"]
-        if one.times > 1 and not over_tensor:
+        in_layers = one.times > 1 and "(loss)" not in one.place
+        if in_layers and not over_tensor:
             hidden += seconds
             if one.kind == "all-gather":
                 backward = "transpose" in one.place

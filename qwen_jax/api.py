@@ -22,12 +22,14 @@ from jax.sharding import Mesh
 from qwen_jax import chatml, generation_config, packed
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, load_peft
+from qwen_jax.cache import stored_dtype
 from qwen_jax.checkpoint import load_params
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine, check_ids, padded_rows
 from qwen_jax.errors import InputError
 from qwen_jax.generation_config import GenerationDefaults
 from qwen_jax.manifest import DTYPES, Manifest, load_manifest
+from qwen_jax.params import abstract_params
 from qwen_jax.sampling import SamplingParams
 from qwen_jax.sharding import check_tensor_axis, make_mesh, parse_mesh
 from qwen_jax.tokenizer import RANKS_FILE, Tokenizer
@@ -38,18 +40,25 @@ def load(
     adapter: str | os.PathLike | None = None,
     mesh: str | int | Mapping[str, int] | None = None,
     dtype: Any = None,
+    *,
+    cache_dtype: Any = None,
+    drafts: int = 0,
+    int8_head: bool = False,
 ) -> "Model":
     """Loads a converted checkpoint, and a PEFT adapter on top of it if one is named.
 
     `mesh`: None for one device, a number of devices ("8"), sizes ("fsdp=2,tensor=4") or a dict of
-    them (see `mesh_sizes`). `dtype` overrides the compute dtype of the checkpoint. Raises
-    InputError if anything is missing or does not fit together.
+    them (see `mesh_sizes`). `dtype` overrides the compute dtype of the checkpoint; `cache_dtype`
+    "int8" halves the memory of keys and values. `drafts` and `int8_head`: see Engine and
+    packed.pack_params. Raises InputError if anything is missing or does not fit together.
     """
     path = pathlib.Path(path)
     manifest = load_manifest(path)
     if dtype is not None and getattr(dtype, "__name__", str(dtype)) not in DTYPES:
         # float16 overflows in this model; integers are no compute dtype.
         raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    dtype = manifest.dtype if dtype is None else dtype
+    cache_dtype = stored_dtype(cache_dtype, dtype)
     defaults, warnings = generation_config.load(path)
     device_mesh = None
     if mesh is not None and mesh != "":
@@ -62,10 +71,17 @@ def load(
             fingerprint=manifest.fingerprint,
             mesh=device_mesh,
         )
+    if int8_head:
+        planned = abstract_params(manifest.config, jnp.dtype(dtype), manifest.quantization)
+        if not packed.pays(planned, lora, device_mesh):
+            raise InputError(
+                "int8_head is for weights that are packed for Hopper cards (int4, nf4 or int8, "
+                "computing in bfloat16, without an adapter), and these are not; leave it out"
+            )
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
     if packed.pays(params, lora, device_mesh):
-        params = packed.pack_params(params, consume=True)
-    return Model(path, manifest, params, lora, device_mesh, defaults, warnings)
+        params = packed.pack_params(params, consume=True, int8_head=int8_head, mesh=device_mesh)
+    return Model(path, manifest, params, lora, device_mesh, defaults, warnings, cache_dtype, drafts)
 
 
 def mesh_sizes(mesh: str | int | Mapping[str, int], cfg: ModelConfig) -> dict[str, int]:
@@ -91,6 +107,7 @@ class Model:
 
     manifest, config, params, lora, mesh   what was loaded, and where it lies
     defaults, warnings                     generation_config.json and what is doubtful in it
+    cache_dtype, drafts                    how `engine` is made, on first use (see Engine)
     """
 
     def __init__(
@@ -102,9 +119,12 @@ class Model:
         mesh: Mesh | None,
         defaults: GenerationDefaults,
         warnings: list[str],
+        cache_dtype: Any = None,
+        drafts: int = 0,
     ):
         self.path, self.manifest, self.params, self.lora = path, manifest, params, lora
         self.mesh, self.defaults, self.warnings = mesh, defaults, warnings
+        self.cache_dtype, self.drafts = cache_dtype, drafts
 
     @property
     def config(self) -> ModelConfig:
@@ -127,7 +147,10 @@ class Model:
         if (self.path / RANKS_FILE).is_file():
             n_vocab = self.tokenizer.n_vocab
             stops |= chatml.stop_ids(self.tokenizer)
-        return Engine(self.config, self.params, self.lora, self.mesh, n_vocab, stops)
+        return Engine(
+            self.config, self.params, self.lora, self.mesh, n_vocab, stops,
+            cache_dtype=self.cache_dtype, drafts=self.drafts,
+        )  # fmt: skip
 
     def logits(self, ids: Sequence[Sequence[int]] | np.ndarray) -> jax.Array:
         """All logits float32 [B, T, V] of token ids [B, T]; padded vocabulary rows are in it."""
@@ -142,7 +165,7 @@ class Model:
         rows += [rows[0]] * (padded_rows(B, self.mesh) - B)
         tokens = jnp.asarray(np.stack(rows))
         if packed.is_packed(self.params):
-            return packed.logits(self.config, self.params, tokens)[:B]
+            return packed.logits(self.config, self.params, tokens, mesh=self.mesh)[:B]
         return decoder.logits(self.config, self.params, self.lora, tokens, mesh=self.mesh)[:B]
 
     def generate(

@@ -4,17 +4,21 @@ Rows are right-padded: slot s of row b holds position s. Slots past a row's leng
 that no query sees and that later tokens overwrite. It knows nothing of weights or sampling.
 
 With dtype int8 each key and each value of a head has one scale, absmax / 127, and takes half the
-memory (130 bytes instead of 256 for a head of 128).
+memory (130 bytes instead of 256 for a head of 128). Keys come to it in `key_units`: a few of their
+channels are large only by the bias of the projection and would take all levels for themselves.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
 from qwen_jax.quant import quantize_heads
 from qwen_jax.sharding import partition_spec
 
@@ -31,6 +35,18 @@ class KVCache:
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
+
+
+def stored_dtype(wanted: Any, compute: Any) -> np.dtype:
+    """The dtype of keys and values: int8, or that of the computation (None); else InputError."""
+    compute = jnp.dtype(compute)
+    name = compute.name if wanted is None else getattr(wanted, "__name__", str(wanted))
+    if name not in ("int8", compute.name):
+        raise InputError(
+            f"cache_dtype is {name!r}; expected int8, or nothing for that of the computation, "
+            f"{compute.name}"
+        )
+    return jnp.dtype(name)
 
 
 def abstract_cache(
@@ -64,6 +80,23 @@ def init_cache(
         return cache
     layouts = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.lax.with_sharding_constraint(cache, layouts)
+
+
+def key_units(
+    bias: jax.Array,  # [..., N, H], added to the keys before they are rotated
+) -> jax.Array:  # [..., N, H]: powers of two, from 1 on
+    """What to divide the keys by, and multiply the queries with, so that 255 levels serve a head.
+
+    Rotation turns channels i and i + H/2 into each other, so a pair has one unit, and scores stay
+    what they are to the last bit. A unit is how often the bias of a pair exceeds what is usual in
+    its head: the median, and 2 for what the input adds. On a real model with biases up to 211 this
+    takes the cost of an int8 cache from 0.94 % of the loss to 0.02 % (docs/benchmarks.md).
+    """
+    first, second = jnp.split(bias.astype(jnp.float32), 2, axis=-1)
+    size = jnp.sqrt(first * first + second * second)
+    usual = jnp.median(size, axis=-1, keepdims=True) + 2
+    unit = jnp.exp2(jnp.round(jnp.log2(jnp.maximum(size / usual, 1))))
+    return jnp.concatenate([unit, unit], axis=-1).astype(bias.dtype)
 
 
 def write(

@@ -1,6 +1,6 @@
 """Generation: token ids in, token ids out, for a batch of prompts or as a stream of one.
 
-    prompts -> right-padded to a bucket -> prefill (and each row's first token)
+    prompts -> right-padded to a bucket -> prefill, long ones in chunks (and each row's first token)
             -> decode, BLOCK tokens a dispatch, until every row is done -> ids
 
 One dispatch runs ahead: the host reads a block while the device computes the next one, which stops
@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 
 from qwen_jax import packed
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import init_cache
+from qwen_jax.cache import init_cache, stored_dtype
 from qwen_jax.config import ModelConfig
-from qwen_jax.drafts import Text, remember
+from qwen_jax.drafts import MOST_DRAFTS, Text, remember
 from qwen_jax.errors import InputError
 from qwen_jax.model import Params, lora_layers
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
@@ -35,6 +35,9 @@ _SMALLEST_BUCKET = 64
 _CAPACITY_STEP = 1024
 # New tokens for which the first cache has room.
 FIRST_ROOM = 512
+# Tokens of all rows of a device that a prefill runs at once. As many as a GEMM needs to be bound by
+# arithmetic, with the dequantization in front of it; 32,768 would take gigabytes of activations.
+PREFILL_TOKENS = 4096
 
 
 class Engine:
@@ -45,6 +48,7 @@ class Engine:
     cache_dtype  of keys and values: int8 halves their memory; default that of the embedding
     drafts    tokens guessed ahead from the text so far where one prompt is alone (drafts.py); the
               answer is the same, sooner where the text repeats itself
+    prefill_tokens  a prompt, or a batch of them, with more tokens is read in chunks
     """
 
     def __init__(
@@ -57,15 +61,20 @@ class Engine:
         stop_ids: Collection[int] = frozenset(),
         cache_dtype: Any = None,
         drafts: int = 0,
+        prefill_tokens: int = PREFILL_TOKENS,
     ):
         self.cfg, self.params, self.mesh = cfg, params, mesh
-        self.cache_dtype = params["wte"].dtype if cache_dtype is None else jnp.dtype(cache_dtype)
-        if packed.is_packed(params) and (lora is not None or (mesh is not None and mesh.size > 1)):
-            raise InputError("packed weights run without an adapter and on one device")
+        self.cache_dtype = stored_dtype(cache_dtype, params["wte"].dtype)
+        if not 0 <= drafts <= MOST_DRAFTS:
+            raise InputError(f"drafts is {drafts}; expected 0 (none) to {MOST_DRAFTS} tokens")
+        if packed.is_packed(params):
+            packed.check_mesh(cfg, params, mesh)
+            if lora is not None:
+                raise InputError("packed weights run without an adapter")
         # Once, and not for every token: at 72B the cast and the turn move 0.4 GB.
         prepare = jax.jit(lora_layers, static_argnums=1)
         self.pairs = {} if lora is None else prepare(lora, params["wte"].dtype)
-        self.drafts = drafts
+        self.drafts, self.prefill_tokens = drafts, prefill_tokens
         self.n_vocab = cfg.vocab_size if n_vocab is None else n_vocab
         self.stop_ids = frozenset(stop_ids)
         if not 0 < self.n_vocab <= cfg.vocab_size:
@@ -122,7 +131,7 @@ class Engine:
         capacity = round_capacity(longest + min(most, FIRST_ROOM))
         cache = init_cache(self.cfg, B, capacity, self.cache_dtype, self.mesh)
         fixed = (self.cfg, self.mesh, self.n_vocab, self.params, self.pairs, requests)
-        state, block, done = prefill(*fixed, cache, tokens, counts)
+        state, block, done = prefill(*fixed, cache, tokens, counts, chunk=self.chunk(B))
         drafts = self.drafts if B == 1 else 0
         text = _text(tokens, counts, state.token, capacity) if drafts else None
         width = BLOCK * (drafts + 1)  # most tokens of a dispatch
@@ -149,6 +158,10 @@ class Engine:
             known += int((ids != NOTHING).sum(axis=1).max()) if drafts else ahead
             block, done, ahead = next_block, next_done, width
         yield np.asarray(block)
+
+    def chunk(self, B: int) -> int:
+        """Tokens of each of B rows that a prefill runs at once."""
+        return prefill_chunk(B // padded_rows(1, self.mesh), self.prefill_tokens)
 
     def pad(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """tokens int32 [B, T] and counts int32 [B]; extra rows hold one token and are ignored."""
@@ -189,6 +202,11 @@ def padded_rows(count: int, mesh: Mesh | None) -> int:
         return count
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     return math.ceil(count / split) * split
+
+
+def prefill_chunk(here: int, tokens: int = PREFILL_TOKENS) -> int:
+    """Tokens of a row that a prefill runs at once, `here` rows being on a device."""
+    return max(_SMALLEST_BUCKET, tokens // here)
 
 
 def _power_of_two(n: int) -> int:

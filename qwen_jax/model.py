@@ -19,11 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
-from qwen_jax.cache import KVCache, read, write
+from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
-from qwen_jax.params import gathered_layer_specs, leaf_spec, param_table
+from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.quant import Layer, QTensor, QuantFormat
 from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
@@ -223,16 +223,37 @@ def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
 
 def embed(params: Params, tokens: jax.Array, mesh: Mesh | None) -> jax.Array:
     """tokens int32 [B, T] -> [B, T, D]."""
-    if mesh is not None and mesh.shape["fsdp"] > 1:
-        # Each device looks its columns up for the rows of all, and rows are then exchanged for
-        # columns: 34 MB for 2,048 tokens of 72B. Left to itself XLA gathers the table, 2.5 GB.
-        tokens = constrain(tokens, mesh, PartitionSpec("data", None))
-        columns = partition_spec(("embed_out",), params["wte"].shape[-1:], mesh)
-        x = jnp.take(params["wte"], tokens, axis=0)
-        x = constrain(x, mesh, PartitionSpec("data", None, *columns))
-    else:
-        x = jnp.take(params["wte"], tokens, axis=0)
-    return constrain(x, mesh, PartitionSpec(*batch_spec(), None, None))
+    table = params["wte"]
+    if mesh is None or mesh.size == 1:
+        return jnp.take(table, tokens, axis=0)
+    # By hand, because the compiler gathers the whole table, 2.5 GB at 72B, for every token.
+    layout = partition_spec(EMBEDDING_AXES, table.shape, mesh)
+    look_up = functools.partial(_look_up, *(axis or "" for axis in layout))
+    return jax.shard_map(
+        look_up, mesh=mesh, in_specs=(layout, batch_spec()), out_specs=batch_spec(),
+        check_vma=False,
+    )(table, tokens)  # fmt: skip
+
+
+def _look_up(
+    row_axis: str,  # mesh axis over which the rows of the table are split; "": none
+    column_axis: str,  # the same for its columns
+    table: jax.Array,  # this device's part, [V', D']
+    tokens: jax.Array,  # int32 [B', T]: this device's rows of the batch
+) -> jax.Array:  # [B', T, D]
+    """One device's share of `embed`: each looks its part up, and the parts change hands."""
+    if column_axis:  # the devices of the axis have other rows of the batch: all look up all
+        tokens = jax.lax.all_gather(tokens, column_axis, axis=0, tiled=True)
+    if row_axis:
+        tokens = tokens - jax.lax.axis_index(row_axis) * table.shape[0]
+    x = jnp.take(table, tokens, axis=0, mode="fill", fill_value=0)
+    if row_axis:
+        # One device has the row and the others zeros: the sum is exact.
+        own = (tokens >= 0) & (tokens < table.shape[0])
+        x = jax.lax.psum(jnp.where(own[:, :, None], x, 0), row_axis)
+    if column_axis:
+        x = jax.lax.all_to_all(x, column_axis, split_axis=0, concat_axis=2, tiled=True)
+    return x
 
 
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
@@ -354,23 +375,35 @@ def forward(
     place = Place.of(cfg, cache.lengths, T, prompt_lengths, cache.ntk)
     gather = _gather(cfg, params["layers"], mesh)
 
-    def layer(carry, weights):
+    heads = None
+    if mesh is not None:
+        heads = partition_spec(("batch", None, "heads", None), (B, T, *cache.k.shape[3:]), mesh)
+
+    def layer(carry, per_layer):
         # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
         x, cache = carry
-        index, w, low = weights
+        index, low, unit = per_layer
+        w = gather(_layer_weights(params["layers"], index, mesh))
 
         def attend(q, k, v):
+            if unit is not None:
+                q, k = q * unit, k / unit
             written = write(cache, index, k, v)
             if fresh:
                 return attention(q, k, v, q_index=place.positions, causal_square=True), written
-            k_all, v_all = read(written, index, q.dtype)
+            # cuDNN wants one layout for all three; the cache has its own.
+            q, k_all, v_all = (
+                constrain(x, mesh, heads) for x in (q, *read(written, index, q.dtype))
+            )
             return attention(q, k_all, v_all, q_index=place.positions), written
 
-        return decoder_layer(cfg, x, gather(w), low, place.angles, place.logn, attend), None
+        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend), None
 
     x = embed(params, tokens, mesh)
-    indices = jnp.arange(cfg.num_layers)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (indices, params["layers"], pairs or {}))
+    bias = params["layers"]["attn"]["bqkv"]  # [L, 3, N, H]
+    units = None if cache.k_scale is None else key_units(bias[:, 1])
+    per_layer = (jnp.arange(cfg.num_layers), pairs or {}, units)
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), per_layer)
     cache = cache.replace(lengths=cache.lengths + counts, ntk=place.ntk)
     return rms_norm(x, params["ln_f"], cfg.norm_eps), cache
 

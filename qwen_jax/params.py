@@ -34,6 +34,9 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.quant import QTensor, QuantFormat, quantize
 from qwen_jax.sharding import partition_spec
 
+EMBEDDING_AXES = ("vocab_in", "embed_out")  # of the table [V, D]
+HEAD_AXES = ("vocab", None)  # of the output head [V, D]
+
 Role = Literal["embedding", "head", "linear", "bias", "norm"]
 
 
@@ -104,7 +107,7 @@ def param_table(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
     return (
         ParamSpec(
             path=("wte",), torch_name="transformer.wte.weight", shape=(V, D),
-            axes=("vocab_in", "embed_out"), role="embedding",
+            axes=EMBEDDING_AXES, role="embedding",
         ),
         layer("ln_1", "ln_1.weight", (D,), (None,), "norm"),
         layer("attn/wqkv", "attn.c_attn.weight", (3, N, H, D), (None, "heads", "head_dim", None),

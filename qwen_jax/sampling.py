@@ -260,22 +260,19 @@ def _cut_by_search(
     most = jnp.max(scores, axis=1)
     k_on, p_on = top_k < scores.shape[1], tail > 0
 
-    def kth() -> jax.Array:
-        return _largest(order, lambda low: jnp.sum(~low, axis=-1), lambda n: n >= top_k[:, None])
-
-    zero = jnp.zeros_like(order[:, 0])
-    floor = lax.cond(jnp.any(k_on), kth, lambda: zero)
-    floor = jnp.where(k_on, floor, 0)
+    # Both searches always: looking whether some row wants them would make a GPU wait for the host.
+    kth = _largest(order, lambda low: jnp.sum(~low, axis=-1), lambda n: n >= top_k[:, None])
+    floor = jnp.where(k_on, kth, 0)
     weights = jnp.where(order >= floor[:, None], jnp.exp(scores - most[:, None]), 0.0)
     total = jnp.sum(weights, axis=1)
     goal = tail * total
 
-    def smallest_kept() -> jax.Array:
-        below = lambda low: jnp.sum(jnp.where(low, weights[:, None], 0.0), axis=-1)  # noqa: E731
-        return _largest(order, below, lambda mass: mass <= goal[:, None])
+    def mass_below(low: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(low, weights[:, None], 0.0), axis=-1)
 
-    cut = lax.cond(jnp.any(p_on), smallest_kept, lambda: zero)
-    cut = jnp.minimum(jnp.where(p_on, jnp.maximum(cut, floor), floor), jnp.max(order, axis=1))
+    smallest_kept = _largest(order, mass_below, lambda mass: mass <= goal[:, None])
+    cut = jnp.where(p_on, jnp.maximum(smallest_kept, floor), floor)
+    cut = jnp.minimum(cut, jnp.max(order, axis=1))
     at_cut = order == cut[:, None]
     alone = jnp.sum(at_cut, axis=1) == 1
     below = jnp.sum(jnp.where(order < cut[:, None], weights, 0.0), axis=1)
@@ -314,7 +311,7 @@ def _largest(order: jax.Array, measure, holds) -> jax.Array:  # uint32 [B, V] ->
         good = holds(measure(order[:, None] < thresholds[:, :, None]))
         return found | (jnp.sum(good, axis=1, dtype=jnp.uint32) << shift)
 
-    return lax.fori_loop(0, 32 // _DIGIT, one, jnp.zeros_like(order[:, 0]))
+    return lax.fori_loop(0, 32 // _DIGIT, one, jnp.zeros_like(order[:, 0]), unroll=True)
 
 
 def _first_kept(

@@ -79,9 +79,8 @@ def check_tensor_axis(sizes: dict[str, int], units: dict[str, int]) -> None:
 def provide_devices(count: int) -> None:
     """Asks for `count` virtual CPU devices, if no backend runs yet; a GPU machine is unaffected."""
     flags = os.environ.get("XLA_FLAGS", "")
-    count = min(count, MAX_VIRTUAL_DEVICES)
-    asked = jax.config.jax_num_cpu_devices  # -1: by nobody
-    if count > max(1, asked) and "xla_force_host_platform_device_count" not in flags:
+    if count > 1 and "xla_force_host_platform_device_count" not in flags:
+        count = max(min(count, MAX_VIRTUAL_DEVICES), jax.config.jax_num_cpu_devices)
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:  # a backend runs already; make_mesh counts what it has
@@ -148,6 +147,11 @@ def batch_spec() -> PartitionSpec:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def tensor_size(mesh: Mesh | None) -> int:
+    """Devices over which heads and FFN columns are split."""
+    return 1 if mesh is None else mesh.shape["tensor"]
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:

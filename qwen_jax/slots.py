@@ -71,7 +71,9 @@ class Slots:
         B, T = tokens.shape
         requests = engine.requests([params], B)
         cache = init_cache(engine.cfg, B, T, engine.cache_dtype, engine.mesh)
-        state, block, *_ = prefill(*self._fixed(requests), cache, tokens, counts)
+        state, block, *_ = prefill(
+            *self._fixed(requests), cache, tokens, counts, chunk=engine.chunk(B)
+        )
         number = min(set(range(self.most_rows)) - self._rows.keys())
         row = _Row(length=len(prompt), left=params.max_new_tokens)
         piece = self._piece(row, np.asarray(block)[0])

@@ -1,6 +1,6 @@
 """The device programs of generation: prefill, decode, growing the cache.
 
-    prefill   prompts -> cache and each row's first token
+    prefill   prompts -> cache and each row's first token, in chunks if they are long
     decode    BLOCK tokens a row in one dispatch, fewer if every row is done
     draft     the same, but each step tries several tokens looked up in the text (drafts.py)
 
@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_jax import model, packed
+from qwen_jax import packed
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import Text, accept, judge, look_up, remember
 from qwen_jax.model import Params
 from qwen_jax.packed import unembed
+from qwen_jax.prefill import fill, forward
 from qwen_jax.sampling import (
     RowParams,
     mask_padded_vocab,
@@ -87,7 +88,7 @@ def _choose(
     """Draws the next token of each row; second: the tokens to hand out, int32 [B]."""
     # Joined before sampling: sorts and random bits of a split vocabulary cost more than 0.6 MB a
     # row, and every device must draw the same token.
-    logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
+    logits = constrain(unembed(params, hidden, mesh), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits, n_vocab)
     token = sample(logits, seen, requests.rows, step_keys(requests.keys, steps))
     stopped = jnp.any(token[:, None] == requests.stops, axis=1)
@@ -103,7 +104,9 @@ def _choose(
     return state, out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnums=(0, 1, 2), static_argnames="chunk", donate_argnames="cache"
+)
 def prefill(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -113,18 +116,18 @@ def prefill(
     requests: Requests,
     cache: KVCache,
     tokens: jax.Array,  # int32 [B, T], right-padded
-    counts: jax.Array,  # int32 [B]
+    counts: jax.Array,  # int32 [B], at least 1
+    *,
+    chunk: int,  # tokens of a row that run at once
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the first tokens, int32 [B, 1]; done, bool [B]
     B, T = tokens.shape
-    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, cache, counts, fresh=True)
-    last = hidden[jnp.arange(B), counts - 1]  # only these rows meet the V x D head
+    last, cache = fill(cfg, mesh, params, pairs, cache, tokens, counts, chunk)
     seen = seen_in_prompt(tokens, jnp.arange(T) < counts[:, None], cfg.vocab_size)
     steps, done = jnp.zeros((B,), jnp.int32), requests.limits == 0
     state, out = _choose(params, mesh, n_vocab, requests, last, cache, seen, steps, done)
     return pin(cfg, mesh, state), out[:, None], state.done
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
 def decode(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -133,12 +136,46 @@ def decode(
     pairs: Params,  # model.lora_layers
     requests: Requests,
     state: DecodeState,
+    xla: tuple[tuple[str, bool], ...] = (),  # XLA's options in place of those of `xla_options`
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the next tokens, int32 [B, BLOCK]; done, bool [B]
+    options = tuple(sorted((xla_options(params) | dict(xla)).items()))
+    return decode_program(options)(cfg, mesh, n_vocab, params, pairs, requests, state)
+
+
+def xla_options(params: Params) -> dict[str, bool]:
+    """What XLA is told where these weights decode; only for GPUs.
+
+    A plain layer is a slice of its stack. XLA copies it in front of a product of few rows, three
+    times the traffic, unless it may make the slice part of the product.
+    """
+    if packed.is_packed(params) or jax.default_backend() != "gpu":
+        return {}
+    return {"xla_gpu_enable_dynamic_slice_fusion": True}
+
+
+@functools.cache
+def decode_program(options: tuple[tuple[str, bool], ...]):
+    """The jitted program of `decode`, compiled with XLA's options."""
+    return jax.jit(
+        _decode, static_argnums=(0, 1, 2), donate_argnames="state",
+        compiler_options=dict(options) or None,
+    )  # fmt: skip
+
+
+def _decode(
+    cfg: ModelConfig,
+    mesh: Mesh | None,
+    n_vocab: int,
+    params: Params,
+    pairs: Params,
+    requests: Requests,
+    state: DecodeState,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
     def step(carry):
         index, state, block = carry
         # A row that is done stays where it is: its one slot is overwritten, its cache never fills.
         counts = 1 - state.done.astype(jnp.int32)
-        hidden, cache = _forward(
+        hidden, cache = forward(
             cfg, mesh, params, pairs, state.token[:, None], state.cache, counts, fresh=False
         )
         state, out = _choose(
@@ -154,13 +191,6 @@ def decode(
     block = jnp.full((state.done.shape[0], BLOCK), NOTHING, jnp.int32)
     _, state, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, block))
     return state, block, state.done
-
-
-def _forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh: bool):
-    """The decoder for these weights: packed ones have their own."""
-    if packed.is_packed(params):
-        return packed.forward(cfg, params, tokens, cache, counts=counts, fresh=fresh)
-    return model.forward(cfg, params, pairs, tokens, cache, counts=counts, fresh=fresh, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 3))
@@ -243,8 +273,8 @@ def _advance(
     filled = state.cache.lengths
     tokens = jnp.concatenate([state.token[:, None], drafts], axis=1)
     counts = jnp.where(state.done, 0, K + 1)
-    hidden, cache = _forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
-    logits = constrain(unembed(params, hidden), mesh, PartitionSpec())
+    hidden, cache = forward(cfg, mesh, params, pairs, tokens, state.cache, counts, fresh=False)
+    logits = constrain(unembed(params, hidden, mesh), mesh, PartitionSpec())
     logits = mask_padded_vocab(logits.reshape(B * (K + 1), -1), n_vocab)
     # Position i draws as if the draft before it had been drawn: the penalty knows those tokens.
     seen = [state.seen]

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
     if args.plan:
-        print_plan(args, planned_manifest(args.checkpoint), args.mesh, args.dtype, rows=1)
+        print_plan(args, planned_manifest(args.checkpoint), rows=1)
         return
     check_flags(args)
     if sys.stdin is None:

@@ -23,6 +23,7 @@ from typing import Any
 from qwen_jax import api, chatml, runtime
 from qwen_jax.adapters import ADAPTER_WEIGHTS
 from qwen_jax.cli import parse, run
+from qwen_jax.drafts import MOST_DRAFTS
 from qwen_jax.errors import InputError, UsageError
 from qwen_jax.manifest import DTYPES, planned_manifest
 from qwen_jax.sampling import SamplingParams, check_setting
@@ -38,10 +39,8 @@ class LoadFlags(PlanFlags):
     """folder that convert wrote"""
     adapter: str | None = None
     """folder of a PEFT LoRA adapter"""
-    mesh: str | None = None
-    """number of devices, or sizes such as fsdp=2,tensor=4; unset: one device"""
-    dtype: str | None = None
-    """compute dtype, bfloat16 or float32; unset: that of the checkpoint"""
+    int8_head: bool = False
+    """output head in int8, for packed weights on one Hopper card: a faster step, other rounding"""
     system: str = chatml.DEFAULT_SYSTEM
     """system message"""
 
@@ -64,6 +63,8 @@ class ModelFlags(LoadFlags):
     """longest answer, in tokens; unset: as there"""
     seed: int = 0
     """the same seed gives the same text"""
+    drafts: int = 0
+    """tokens guessed ahead where the text repeats itself (7 is a good number); one prompt alone"""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +99,10 @@ def check_flags(flags: ModelFlags) -> None:
             raise UsageError(f"--{name} is empty")
     if flags.dtype is not None and flags.dtype not in DTYPES:
         raise UsageError(f"--dtype is {flags.dtype!r}; expected {' or '.join(DTYPES)}")
+    if flags.cache_dtype not in (None, "int8", flags.dtype):
+        raise UsageError(f"--cache_dtype is {flags.cache_dtype!r}; expected int8, or leave it out")
+    if not 0 <= flags.drafts <= MOST_DRAFTS:
+        raise UsageError(f"--drafts is {flags.drafts}; expected 0 (none) to {MOST_DRAFTS}")
     settings = ("top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
     # A temperature of 0 means greedy.
     for name in (*settings, "temperature") if flags.temperature else settings:
@@ -110,7 +115,11 @@ def check_flags(flags: ModelFlags) -> None:
 
 def open_model(flags: LoadFlags) -> api.Model:
     """Loads what the flags name; warnings about its settings go to standard error."""
-    model = api.load(flags.checkpoint, flags.adapter, flags.mesh, flags.dtype)
+    model = api.load(
+        flags.checkpoint, flags.adapter, flags.mesh, flags.dtype,
+        cache_dtype=flags.cache_dtype, int8_head=flags.int8_head,
+        drafts=flags.drafts if isinstance(flags, ModelFlags) else 0,
+    )  # fmt: skip
     for warning in model.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return model
@@ -208,6 +217,8 @@ def run_settings(args: Args, model: api.Model, params: SamplingParams, raw: bool
         "checkpoint": model.manifest.fingerprint,
         "quantization": dataclasses.asdict(quantization) if quantization else None,
         "dtype": args.dtype or model.manifest.dtype,
+        "cache_dtype": str(model.engine.cache_dtype),
+        "int8_head": args.int8_head,
         "adapter": adapter,
         "raw": raw,
         "system": args.system,
@@ -258,6 +269,8 @@ def _check(args: Args) -> None:
         raise UsageError("give either --prompt TEXT or --input FILE.jsonl")
     if args.batch_size < 1:
         raise UsageError(f"--batch_size is {args.batch_size}; expected at least 1")
+    if args.drafts and args.input is not None and args.batch_size > 1:
+        raise UsageError("--drafts are for one prompt at a time; give --batch_size 1 with --input")
     if args.output is not None:
         path = pathlib.Path(args.output)
         if path.is_dir() or not path.absolute().parent.is_dir():
@@ -268,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
     if args.plan:
-        print_plan(args, planned_manifest(args.checkpoint), args.mesh, args.dtype, args.batch_size)
+        print_plan(args, planned_manifest(args.checkpoint), rows=args.batch_size)
         return
     _check(args)
     if args.prompt is None:

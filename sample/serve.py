@@ -153,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
     if args.plan:
-        manifest = planned_manifest(args.checkpoint)
-        print_plan(args, manifest, args.mesh, args.dtype, args.max_batch)
+        print_plan(args, planned_manifest(args.checkpoint), rows=args.max_batch)
         return
     _check(args)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]

@@ -8,6 +8,7 @@ import qwen_jax
 from convert import hf_to_flax
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax.errors import InputError
+from qwen_jax.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +30,26 @@ def test_a_dtype_may_be_given_in_any_form(checkpoint, dtype):
     logits = qwen_jax.load(checkpoint, dtype=dtype).logits([[1, 2, 3]])
     assert logits.shape[:2] == (1, 3) and logits.dtype == np.float32
     assert np.isfinite(np.asarray(logits)).all()
+
+
+def test_the_engine_gets_what_load_was_told(checkpoint):
+    model = qwen_jax.load(checkpoint, dtype="float32", cache_dtype="int8", drafts=3)
+    assert (model.engine.cache_dtype, model.engine.drafts) == (jnp.int8, 3)
+    assert len(model.generate([1, 2, 3], SamplingParams(greedy=True, max_new_tokens=4))) == 4
+    assert qwen_jax.load(checkpoint).engine.cache_dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(cache_dtype="int4"), "cache_dtype is 'int4'; expected int8, or nothing .* bfloat16"),
+        (dict(cache_dtype=jnp.float16), "cache_dtype is 'float16'"),
+        (dict(int8_head=True), "int8_head is for weights that are packed for one Hopper card"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_loading(
+    checkpoint, settings, message, monkeypatch
+):
+    monkeypatch.setattr("qwen_jax.api.load_params", None)
+    with pytest.raises(InputError, match=message):
+        qwen_jax.load(checkpoint, **settings)

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import drafts, engine
+from benchmarks.drafts import count_passes
+from qwen_jax import drafts, engine, packed
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine
+from qwen_jax.errors import InputError
 from qwen_jax.params import init_params
 from qwen_jax.sampling import SamplingParams
 
@@ -95,3 +97,12 @@ def test_drafts_save_passes_on_a_cycle(monkeypatch, weights):
     held = np.concatenate([block.reshape(-1, 5) for block in blocks])
     passes = (held != -1).any(axis=1).sum()
     assert passes < 200 / 1.5
+    # The benchmark, which plays the lookup through on a finished answer, counts the same.
+    assert sum(count_passes([1, 2, 3], answer, 4)) == passes
+
+
+def test_a_pass_over_a_draft_is_one_of_few_tokens():
+    assert drafts.MOST_DRAFTS + 1 == packed._FEW_TOKENS
+    params = init_params(CFG, jax.random.key(0), jnp.float32)
+    with pytest.raises(InputError, match="drafts is 16; expected 0"):
+        Engine(CFG, params, drafts=16)

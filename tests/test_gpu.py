@@ -8,6 +8,7 @@ from tiny import tiny_config
 
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.params import init_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
@@ -58,6 +59,21 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
               f"by {min(errors):.4f} to {max(errors):.4f}")  # fmt: skip
     assert abs(loss - true_loss) < 0.01 * true_loss
     assert max(errors) < limit
+
+
+@pytest.mark.parametrize("K", [8192, 24576])
+def test_rows_to_e4m3(K):
+    x = jax.random.normal(jax.random.key(0), (300, K)).astype(jnp.bfloat16)
+    x = x.at[1].mul(300).at[2].set(0)
+    (codes, unit), (want, want_unit) = (
+        quantize_rows(x, implementation=name) for name in ("mosaic", "xla")
+    )
+    np.testing.assert_allclose(unit, want_unit, rtol=1e-6)
+    # A product with the reciprocal may fall on the other side of an edge between two codes.
+    assert (np.asarray(codes, np.float32) != np.asarray(want, np.float32)).mean() < 1e-3
+    np.testing.assert_allclose(
+        np.asarray(codes, np.float32), np.asarray(want, np.float32), rtol=2**-3
+    )
 
 
 def test_packed_rows_on_cudnn_equal_the_reference():

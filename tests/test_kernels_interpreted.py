@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from ptx_interpreter import Launch, interpreted
 
-from qwen_jax.kernels import _pallas_append_attention as append_body
+from qwen_jax.kernels import _pallas_append_tokens as append_body
 from qwen_jax.kernels import _pallas_decode_attention as attention_body
 from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
+from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
-from qwen_jax.kernels.append_attention import append_attention
+from qwen_jax.kernels.append_tokens import append_tokens_xla
 from qwen_jax.kernels.decode_attention import decode_attention_xla
 from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.quantize_rows import quantize_rows_xla
 from qwen_jax.kernels.residual_norm import residual_norm_xla
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 
@@ -96,36 +98,36 @@ def test_attention_at_many_lengths(monkeypatch, quantized, warps, splits):
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize(("warps", "splits"), [(4, 1), (8, 2)])
-def test_attention_that_writes_its_token(monkeypatch, quantized, warps, splits):
-    L, B, S, N, P = 2, 4, 70, 2, 3
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_tokens_written_into_the_cache(monkeypatch, quantized, tokens):
+    L, B, S, N, P = 2, 4, 70, 3, 3  # three heads do not fill the last block
+    R = B * tokens
     stacks = stacks_of(quantized, L, B, S, N)
-    parts = normal(3, (P, B, 3 * N * 128))
+    parts = normal(3, (P, R, 3 * N * 128))
     bias = normal(5, (L, 3, N, 128), BF16)
-    angle = np.random.default_rng(4).uniform(size=(B, 64)) * 6
+    angle = np.random.default_rng(4).uniform(size=(R, 64)) * 6
     angles = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
-    factor = np.linspace(1, 1.3, B, dtype=np.float32)
-    filled = np.array([0, 1, 69, 70], np.int32)  # the last row is full: nothing is written
-    body = append_body.AppendBody(
-        B=B, S=S, N=N, R=B, P=P, quantized=quantized, warps=warps, splits=splits
-    )
-    shared = (warps + 1) * attention_body.PART * 4
-    launch = Launch(B * N * splits, warps * 32, shared + 512, splits)
-    arrays = [np.array([1], np.int32), filled + 1, parts, bias, angles, factor]
+    factor = np.linspace(1, 1.3, R, dtype=np.float32)
+    # The last row is full: nothing of it is written.
+    slots = (np.array([0, 1, 69 - tokens, 70])[:, None] + np.arange(tokens)).reshape(R)
+    slots = slots.astype(np.int32)
+    body = append_body.Body(B=B, S=S, N=N, R=R, P=P, quantized=quantized)
+    launch = Launch(body.blocks, 128, 0)
+    arrays = [np.array([1], np.int32), slots, parts, bias, angles, factor]
     refs = [launch.array(a) for a in arrays]
     caches = [launch.array(np.asarray(s)) for s in stacks if s is not None]
-    out = launch.array(np.full((B, N, 128), np.nan, BF16))
-    with interpreted(launch, monkeypatch, attention_body, append_body):
-        body(None, *refs, *caches, out, SHARED)
-    want, written = append_attention(
+    out = launch.array(np.full((R, N, 128), np.nan, BF16))
+    with interpreted(launch, monkeypatch, append_body):
+        body(None, *refs, *caches, out)
+    want, written = append_tokens_xla(
         jnp.asarray(parts), jnp.asarray(bias), jnp.asarray(angles[:, :64]),
         jnp.asarray(angles[:, 64:]), jnp.asarray(factor), tuple(stacks), jnp.int32(1),
-        jnp.asarray(filled), implementation="xla",
+        jnp.asarray(slots),
     )  # fmt: skip
-    assert relative_error(launch.read(out), want) < 6e-3
+    # A product that is fused with a sum may round the other way: one step of bfloat16.
+    assert relative_error(launch.read(out), want) < 1e-3
     for ref, reference in zip(caches, [x for x in written if x is not None], strict=True):
         got, reference = (np.asarray(x, np.float32) for x in (launch.read(ref), reference))
-        # A product that is fused with a sum may round the other way: one step of the last bit.
         assert (got != reference).mean() < 1e-3
         np.testing.assert_allclose(got, reference, rtol=2**-7, atol=1.0 if quantized else 1e-6)
 
@@ -146,6 +148,27 @@ def test_residual_and_norm(monkeypatch, D):
     want = residual_norm_xla(*map(jnp.asarray, (x, parts, weight)), jnp.int32(1), 1e-6)
     np.testing.assert_array_equal(launch.read(outs[0]), np.asarray(want[0]))
     assert relative_error(launch.read(outs[1]), want[1]) < 2e-3
+
+
+@pytest.mark.parametrize("K", [2048, 6144])
+def test_rows_to_e4m3(monkeypatch, K):
+    x = normal(0, (3, K), BF16)
+    x[1] *= 300
+    x[2] = 0
+    launch = Launch(3, 256, 32 + 512)
+    refs = [launch.array(x)]
+    outs = [
+        launch.array(np.full((3, K), np.nan, jnp.float8_e4m3fn)),
+        launch.array(np.full(3, np.nan, np.float32)),
+    ]
+    with interpreted(launch, monkeypatch, rows_body):
+        rows_body.Body(K=K)(None, *refs, *outs, SHARED)
+    codes, unit = quantize_rows_xla(jnp.asarray(x))
+    np.testing.assert_allclose(launch.read(outs[1]), unit, rtol=1e-6)
+    got, want = (np.asarray(a, np.float32) for a in (launch.read(outs[0]), codes))
+    # A product with the reciprocal may fall on the other side of an edge between two codes.
+    assert (got != want).mean() < 1e-3
+    np.testing.assert_allclose(got, want, rtol=2**-3)
 
 
 def test_reads_outside_an_array_are_seen(monkeypatch):

@@ -23,6 +23,7 @@ from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh
 from sample import generate
+from sample.plan import budget
 from train import lora
 from train.base import check_room_to_quantize
 from train.memory import Workload
@@ -173,6 +174,27 @@ def test_plans_of_the_programs_need_no_weights(tmp_path, capsys, monkeypatch):
     # 2 x 64 x 128 x 80 bf16 values a token, 4 rows of 2,048, half on each device.
     assert f"{2 * 64 * 128 * 80 * 2 * 4 * 2048 / 2 / 1e9:.2f} GB" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_the_plan_of_generation_counts_what_the_cache_and_a_chunk_take():
+    manifest = Manifest(
+        config=config_72b(), dtype="bfloat16", quantization=QuantFormat.named("int4"),
+        fingerprint="", checksums={},
+    )  # fmt: skip
+
+    def items(tokens, cache_dtype=None):
+        return budget(manifest, ONE, 2, tokens, None, 0, cache_dtype).items
+
+    values, heads = 2 * 64 * 128 * 80, 2 * 64 * 80  # keys and values of a token; their scales
+    name = "KV cache of 2 x 4096 tokens"
+    rows = 2 * 2 * 4  # length and NTK row of each sequence
+    assert items(4096)[name] == 2 * 4096 * values * 2 + rows
+    assert items(4096, "int8")[name] == 2 * 4096 * (values + 2 * heads) + rows
+    # 2,048 tokens of each of two rows at once. Beyond that only what a chunk looks at grows: a
+    # layer's keys and values, and its mask.
+    work = "work of a prefill"
+    more = items(32768)[work] - items(2048)[work]
+    assert more == 2 * 32768 * (2 * 64 * 128 + 2048) * 2
 
 
 def test_a_plain_base_that_cannot_be_quantized_in_memory_is_refused():

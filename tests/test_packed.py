@@ -1,12 +1,14 @@
 """The decoder on packed weights against the ordinary one, and the parts it is made of."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qwen_jax import model, packed
-from qwen_jax.cache import init_cache
+from qwen_jax.cache import init_cache, key_units
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul
@@ -126,6 +128,29 @@ def test_packed_decoder_gives_what_the_ordinary_one_gives(cache_dtype):
         got, caches[1] = packed.forward(CFG, small, step, caches[1])
         np.testing.assert_allclose(got, want, rtol=loose, atol=loose)
         np.testing.assert_array_equal(caches[0].lengths, caches[1].lengths)
+
+
+def test_channels_that_only_their_bias_makes_large_do_not_spoil_an_int8_cache():
+    """As in a real model, one pair of key channels with a bias of 100: packed or not."""
+    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    attn = params["layers"]["attn"]
+    attn["bqkv"] = attn["bqkv"].at[:, 1, :, 5].set(100.0).at[:, 1, :, 37].set(-60.0)
+    unit = key_units(attn["bqkv"][:, 1])
+    assert set(np.unique(unit)) == {1.0, 64.0}  # 117 over 2
+    np.testing.assert_array_equal(np.unique(np.where(unit > 1)[2]), [5, 37])
+    small = packed.pack_params(params)
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)
+    run = functools.partial(model.forward, CFG, params, None, tokens)
+    truth, _ = run(init_cache(CFG, 2, 32, jnp.float32))
+    plain, _ = run(init_cache(CFG, 2, 32, jnp.int8))
+    cache = init_cache(CFG, 2, 32, jnp.int8)
+    got, _ = packed.forward(CFG, small, tokens, cache)
+    # Without units the keys' other channels would be whole multiples of 100 / 127: of order 1.
+    for other in (plain, got):
+        assert jnp.linalg.norm(other - truth) < 0.02 * jnp.linalg.norm(truth)
+    # And with a cache of floats the units change nothing.
+    exact, _ = packed.forward(CFG, small, tokens, init_cache(CFG, 2, 32, jnp.float32))
+    np.testing.assert_allclose(exact, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_of_whole_sequences():

@@ -109,6 +109,43 @@ def test_generate_refuses(home, flags, message, capsys):
     assert message in stopped(capsys, "sample.generate", argv)
 
 
+@pytest.mark.parametrize("name", ["sample.generate", "sample.chat", "sample.serve"])
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--cache_dtype", "int4"], 2, "expected int8"),
+        (["--cache_dtype", "int4", "--plan"], 1, "expected int8"),
+        (["--drafts", "16"], 2, "--drafts is 16; expected 0 (none) to 15"),
+        (["--int8_head"], 1, "packed for one Hopper card"),
+    ],
+)
+def test_settings_of_memory_and_speed_that_do_not_fit(home, name, flags, code, message, capsys):
+    argv = ["--checkpoint", home / "ckpt", *flags]
+    if name == "sample.generate":
+        argv += ["--prompt", "a"]
+    if name == "sample.serve":
+        argv += ["--port", "0"]
+        if flags[0] == "--drafts":
+            message = "--drafts"  # rows of a running batch have none
+        code = 2 if flags[0] == "--drafts" else 1
+    assert message in stopped(capsys, name, argv, code)
+
+
+def test_drafts_are_for_one_prompt_at_a_time(home, capsys):
+    argv = ["--checkpoint", home / "ckpt", "--input", "any.jsonl", "--drafts", "3"]
+    assert "--batch_size 1" in stopped(capsys, "sample.generate", argv, code=2)
+
+
+def test_an_int8_cache_and_drafts_answer(home, capsys):
+    """The text of a random model says nothing; with the drafts it must be the same text."""
+    argv = ["--checkpoint", str(home / "ckpt"), "--prompt", "a a a a a a", "--greedy"]
+    argv += ["--max_new_tokens", "24", "--cache_dtype", "int8"]
+    generate.main(argv)
+    plain = capsys.readouterr().out
+    generate.main([*argv, "--drafts", "4"])
+    assert capsys.readouterr().out == plain != ""
+
+
 def test_a_reader_that_leaves_is_no_error(home, monkeypatch, capsys):
     def leave(*args):
         raise BrokenPipeError(32, "Broken pipe")

@@ -16,6 +16,8 @@ from qwen_jax.remat import ATTENTION
 
 # Queries handled at once by the reference: bounds the [T, S] scores at 128 * S a head.
 QUERY_CHUNK = 128
+# From so many queries on cuDNN serves them against a longer cache too; a step of decode has fewer.
+_CUDNN_QUERIES = 64
 
 _log = logging.getLogger(__name__)
 
@@ -27,15 +29,17 @@ def attention(
     *,
     q_index: jax.Array,  # int32 [B, T]: the last key slot that each query sees
     segments: jax.Array | None = None,  # int32 [B, T], with S = T: packed sequences
-    causal_square: bool = False,  # promises S = T and q_index = arange(T): a flash kernel may serve
+    causal_square: bool = False,  # promises S = T and q_index = arange(T): no mask is needed
     implementation: str | None = None,  # "xla" or "cudnn"; None chooses
 ) -> jax.Array:  # [B, T, N, H]
     """Softmax(q k^T / sqrt(H)) v under the causal rule; softmax in float32."""
-    chosen = implementation or _choose(q, causal_square)
+    chosen = implementation or _choose(q, causal_square, segments is not None)
     if chosen == "cudnn":
-        if not causal_square:
-            raise NotImplementedError("cudnn attention here serves causal squares only")
-        return _attention_cudnn(q, k, v, segments)
+        if causal_square:
+            return _attention_cudnn(q, k, v, segments)
+        if segments is not None:
+            raise NotImplementedError("cudnn attention here packs sequences in causal squares only")
+        return _attention_cudnn_cached(q, k, v, q_index)
     if chosen != "xla":
         raise ValueError(f"attention implementation {chosen!r}: expected 'xla' or 'cudnn'")
     return checkpoint_name(attention_xla(q, k, v, q_index, segments), ATTENTION)
@@ -48,11 +52,27 @@ def _attention_cudnn(q, k, v, segments: jax.Array | None) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def _choose(q: jax.Array, causal_square: bool) -> str:
+def _attention_cudnn_cached(q, k, v, q_index: jax.Array) -> jax.Array:
+    """A chunk of a prompt against all that the cache holds of it, itself included.
+
+    cuDNN's causal mask puts the first query at the first key, so the rule comes as a mask: 2 bytes
+    a query and key, one for all heads, and no scores in memory. Keys past the last one that a row
+    sees are skipped.
+    """
+    S = k.shape[1]
+    mask = (jnp.arange(S) <= q_index[:, :, None])[:, None]  # [B, 1, T, S]
+    filled = jnp.minimum(q_index[:, -1] + 1, S)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, key_value_seq_lengths=filled, implementation="cudnn"
+    )
+
+
+def _choose(q: jax.Array, causal_square: bool, segmented: bool) -> str:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     # cuDNN's flash kernel takes 16-bit inputs and head sizes up to 128 in steps of 8.
     chosen = "xla"
-    if jax.default_backend() == "gpu" and causal_square and half:
+    enough = causal_square or (q.shape[1] >= _CUDNN_QUERIES and not segmented)
+    if jax.default_backend() == "gpu" and enough and half:
         chosen = "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
     _say_once(chosen, "decode" if q.shape[1] == 1 else "prefill or training")
     return chosen

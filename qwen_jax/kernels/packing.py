@@ -11,7 +11,10 @@ A unit is 16 rows x 64 inputs of 4 bits, or x 32 of 8 bits. A lane of a warp is 
     int8    word (h, pair), code (half, second)       at bit 8 half + 16 second
 
 where half says which of the two rows: these are the registers of one 16 x 16 tensor-core operand.
-Inputs are padded to whole chunks of 8 units with scales of zero. It knows no kernel and no model.
+Inputs are padded to whole chunks of 8 units with scales of zero.
+
+On a mesh each device of the tensor axis packs its own slice of the outputs or of the inputs, and
+the slices lie side by side in one array. It knows no kernel and no model.
 """
 
 import math
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.quant import INT4_ZERO_POINT, NF4_CODE, QTensor, group_scales
 
@@ -31,7 +35,10 @@ GROUPS = {"int4": 128, "nf4": 64, "int8": 0}
 
 @struct.dataclass
 class PackedWeight:
-    """Quantized weights [L, N, K] in the order of the kernel's loads."""
+    """Quantized weights [L, N, K] in the order of the kernel's loads.
+
+    On a mesh `out_shape` and `in_size` are those of the slice that one device holds.
+    """
 
     codes: jax.Array  # uint32 [L, N/16, K/unit, 32, 4]
     # int4 float16 [L, N/16, K/512, 8, 8]: row, then group and half; nf4 [L, N/16, K/512, 2, 8, 8]:
@@ -57,25 +64,90 @@ def can_pack(q: QTensor) -> bool:
     return rows % 16 == 0 and q.in_size % 8 == 0 and q.scale.shape[-1] == groups
 
 
-def pack(*weights: QTensor) -> PackedWeight:
+def pack(*weights: QTensor, factor: jax.Array | None = None) -> PackedWeight:
     """Packs a stack of weights [L, *O, I], one layer at a time.
 
-    Several of one shape become one weight [L, count, *O, I]: their products are then one.
+    Several of one shape become one weight [L, count, *O, I]: their products are then one. With
+    `factor` [L, *O] a single one has its outputs multiplied, by way of its scales.
     """
     kind, (_, *out, in_size) = weights[0].kind, weights[0].shape
     for q in weights:
         if not can_pack(q) or q.shape != weights[0].shape or q.kind != kind:
             raise NotImplementedError(f"packing of {q.kind} {q.shape} with scales {q.scale.shape}")
 
-    def one(layer: list[QTensor]) -> tuple[jax.Array, jax.Array]:
+    def one(given: tuple[list[QTensor], jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        layer, outputs = given
         N = math.prod(out)
         data = jnp.concatenate([q.data.reshape(N, -1) for q in layer])
-        scale = jnp.concatenate([group_scales(q).reshape(N, -1) for q in layer])
+        scale = jnp.concatenate([_scales(q).reshape(N, -1) for q in layer])
+        if outputs is not None:
+            scale = scale * outputs.reshape(N, 1).astype(scale.dtype)
         return pack_layer(data, scale, kind)
 
-    codes, scale = jax.lax.map(one, list(weights))
+    codes, scale = jax.lax.map(one, (list(weights), factor))
     shape = tuple(out) if len(weights) == 1 else (len(weights), *out)
     return PackedWeight(codes=codes, scale=scale, out_shape=shape, in_size=in_size, kind=kind)
+
+
+def pack_slices(
+    *weights: QTensor,  # stacks [L, *O, I]
+    mesh: Mesh,
+    dim: int,  # counted from the end: the dimension that the tensor axis cuts; -1 is I
+    size: int,  # that dimension is first padded to so many, with zeros
+    factor: jax.Array | None = None,  # [L, *O], as `pack` takes it, for a cut of the outputs
+) -> PackedWeight:
+    """`pack`, each device of the tensor axis its own slice; to be jitted.
+
+    A cut of the inputs leaves whole groups to each device; int8's one scale a row stays with all.
+    """
+    # A block of nf4's doubly quantized scales goes across slices: these are resolved before.
+    weights = tuple(_pad(_plain_scales(q), dim, size) for q in weights)
+    cut = PartitionSpec(*[None] * (weights[0].data.ndim + dim), "tensor")
+    layouts = jax.tree.map(lambda x: PartitionSpec() if x.shape[dim] == 1 else cut, weights)
+
+    def local(x: jax.Array, layout: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(NamedSharding(mesh, layout).shard_shape(x.shape), x.dtype)
+
+    def run(weights, factor) -> PackedWeight:
+        return pack(*weights, factor=factor)
+
+    given, layouts = (weights, factor), (layouts, None if factor is None else cut)
+    out = slice_layout(jax.eval_shape(run, *jax.tree.map(local, given, layouts)), dim)
+    return jax.shard_map(run, mesh=mesh, in_specs=layouts, out_specs=out, check_vma=False)(*given)
+
+
+def slice_layout(w: PackedWeight, dim: int) -> PackedWeight:
+    """The PartitionSpec of each array of what `pack_slices` gives."""
+    if dim < -1:
+        layout = PartitionSpec(None, "tensor")
+        return w.replace(codes=layout, scale=layout)
+    layout = PartitionSpec(None, None, "tensor")
+    return w.replace(codes=layout, scale=PartitionSpec() if w.kind == "int8" else layout)
+
+
+def _plain_scales(q: QTensor) -> QTensor:
+    """A stack whose scales are numbers, float16 as they are packed; others than nf4 have such."""
+    if q.scale_absmax is None:
+        return q
+    scale = jax.lax.map(lambda layer: group_scales(layer).astype(jnp.float16), q)
+    return QTensor(data=q.data, scale=scale, kind=q.kind)
+
+
+def _scales(q: QTensor) -> jax.Array:
+    return group_scales(q) if q.scale_absmax is not None else q.scale
+
+
+def _pad(q: QTensor, dim: int, size: int) -> QTensor:
+    """Adds weights of zero: their scales are zero, or (a cut of int8's inputs) their codes."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        old = x.shape[dim]
+        new = 1 if old == 1 else old * size // q.shape[dim]
+        widths = [(0, 0)] * x.ndim
+        widths[dim] = (0, new - old)
+        return jnp.pad(x, widths)
+
+    return q if q.shape[dim] == size else jax.tree.map(pad, q)
 
 
 def pack_layer(

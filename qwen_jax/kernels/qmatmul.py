@@ -10,16 +10,17 @@ of bf16.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.dequantize import FP8, dequantize, turn
+from qwen_jax.kernels.quantize_rows import FP8_MAX, quantize_rows
 from qwen_jax.quant import Layer, QTensor, largest
 
 Weight = jax.Array | QTensor | Layer
 COMPUTE = ("bf16", "fp8")
-FP8_MAX = 448.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -33,8 +34,7 @@ def qmatmul(
         raise ValueError(f"x has {x.shape[-1]} inputs, the weight expects {w.shape[-1]}")
     last = ((x.ndim - 1,), (len(w.shape) - 1,))
     if compute == "fp8":
-        weight, unit = _fp8_weight(w)
-        return _fp8_product(x, x.shape[:-1], weight, unit, last)
+        return _fp8_product(x, x.shape[:-1], w, last)
     return jax.lax.dot_general(x, _dense(w, x.dtype), (last, ((), ())))
 
 
@@ -47,8 +47,7 @@ def _backward(compute: str, w: Weight, g: jax.Array):  # g [..., *O]
     rows = g.shape[: g.ndim - outs]
     dims = (tuple(range(g.ndim - outs, g.ndim)), tuple(range(1, outs + 1)))
     if compute == "fp8":
-        weight, unit = _fp8_weight(w, turned=True)
-        return _fp8_product(g, rows, weight, unit, dims), None
+        return _fp8_product(g, rows, w, dims, turned=True), None
     # bf16 gains nothing from a turned weight (docs/benchmarks.md).
     dims = (dims[0], tuple(range(outs)))
     return jax.lax.dot_general(g, _dense(w, g.dtype), (dims, ((), ()))), None
@@ -66,27 +65,24 @@ def _fp8_weight(w: Weight, turned: bool = False) -> tuple[jax.Array, jax.Array]:
     if isinstance(w, QTensor | Layer):
         unit = largest(w) / FP8_MAX
         return dequantize(w, FP8, unit=unit, turned=turned), unit
-    unit = _absmax(w, None) / FP8_MAX
+    unit = jnp.maximum(jnp.max(jnp.abs(w)).astype(jnp.float32), 1e-30) / FP8_MAX
     weight = (w.astype(jnp.float32) / unit).astype(FP8)
     return turn(weight) if turned else weight, unit
-
-
-def _absmax(x: jax.Array, axes) -> jax.Array:
-    # A row of zeros gets a harmless unit instead of a division by zero.
-    biggest = jnp.max(jnp.abs(x), axis=axes, keepdims=axes is not None).astype(jnp.float32)
-    return jnp.maximum(biggest, 1e-30)
 
 
 def _fp8_product(
     x: jax.Array,  # [*rows, *inner]
     rows: tuple[int, ...],
-    weight: jax.Array,  # e4m3
-    unit: jax.Array,  # float32 []
+    w: Weight,
     dims: tuple[tuple[int, ...], tuple[int, ...]],  # contracted axes of x and of the weight
+    turned: bool = False,
 ) -> jax.Array:
-    inner = tuple(range(len(rows), x.ndim))
-    step = _absmax(x, inner) / FP8_MAX  # [*rows, 1...]
-    small = (x.astype(jnp.float32) / step).astype(FP8)
-    y = jax.lax.dot_general(small, weight, (dims, ((), ())), preferred_element_type=x.dtype)
+    weight, unit = _fp8_weight(w, turned)
+    # A weight is a `Layer` on one device only; kernels cannot be cut over several.
+    implementation = None if isinstance(w, Layer) else "xla"
+    flat = x.reshape(math.prod(rows), -1)
+    codes, step = quantize_rows(flat, implementation=implementation)
+    codes = codes.reshape(x.shape)
+    y = jax.lax.dot_general(codes, weight, (dims, ((), ())), preferred_element_type=x.dtype)
     step = step.reshape(*rows, *([1] * (y.ndim - len(rows))))
     return (y.astype(jnp.float32) * (step * unit)).astype(x.dtype)

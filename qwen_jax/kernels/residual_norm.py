@@ -46,20 +46,12 @@ def residual_norm_xla(x, parts, weight, layer, eps) -> tuple[jax.Array, jax.Arra
     return x, y * jax.lax.dynamic_index_in_dim(weight, layer, 0, keepdims=False)
 
 
-def kernel_fits(x: jax.Array) -> bool:
-    """The kernel takes few rows of a multiple of 512, on a Hopper card."""
-    M, D = x.shape
-    return M <= 64 and D % 512 == 0 and on_hopper(x.dtype)
-
-
 def choose(x: jax.Array) -> str:
-    """XLA's fusions.
-
-    The kernel agrees with the reference when interpreted, but no run on a card has shown that yet
-    (tests/test_gpu_decode.py is its test there): it has to be named.
-    """
-    _say_once("xla")
-    return "xla"
+    """The kernel for few rows of a multiple of 512 on a Hopper card, XLA otherwise."""
+    M, D = x.shape
+    chosen = "mosaic" if M <= 64 and D % 512 == 0 and on_hopper(x.dtype) else "xla"
+    _say_once(chosen)
+    return chosen
 
 
 @functools.cache

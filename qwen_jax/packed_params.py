@@ -1,0 +1,173 @@
+"""The tree of packed weights that packed.py runs, made from that of params.py.
+
+    params["layers"] = {"ln_1", "ln_2": [L, D],
+                        "attn": {"wqkv": PackedWeight, "bqkv": [L, 3, N, H], "wo": PackedWeight},
+                        "mlp": {"up_gate": PackedWeight, "down": PackedWeight}}
+
+The rest of the tree is that of params.py. On a mesh every device packs its own slice of heads and
+FFN columns (the tensor axis); over data and fsdp the packed weights are replicated. It runs no
+model.
+"""
+
+import functools
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from qwen_jax.cache import key_units
+from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.kernels.hopper import on_hopper
+from qwen_jax.kernels.packing import (
+    GROUPS,
+    PackedWeight,
+    can_pack,
+    pack,
+    pack_slices,
+    slice_layout,
+)
+from qwen_jax.memory import device_limit
+from qwen_jax.params import HEAD_AXES, tree_bytes
+from qwen_jax.quant import QTensor, QuantFormat, quantize
+from qwen_jax.sharding import check_tensor_axis, partition_spec, tensor_size
+
+Params = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+_HEAD = QuantFormat.named("int8")
+# The dimension of each weight, counted from the end, that the tensor axis cuts: heads, FFN columns.
+CUT = {"wqkv": -3, "wo": -1, "up_gate": -2, "down": -1, "lm_head": -2}
+# FFN columns are padded to whole blocks of this on each device: whole groups of every format.
+_FFN_BLOCK = 128
+
+
+def packable(params: Params, mesh: Mesh | None = None) -> bool:
+    """Whether these weights have a format, and widths for this mesh, that `pack_params` takes."""
+    blocks = (params["layers"]["attn"], params["layers"]["mlp"])
+    weights = [w for block in blocks for w in block.values() if isinstance(w, QTensor)]
+    fits = len(weights) == 5 and all(can_pack(w) for w in weights)
+    return fits and not any(count % tensor_size(mesh) for count in _units(params).values())
+
+
+def pays(params: Params, lora: Any, mesh: Mesh | None) -> bool:
+    """Whether packing makes generation faster here: on Hopper cards, without an adapter.
+
+    Packed weights are replicated over fsdp; where that would fill more than half of a card with
+    them, they stay split.
+    """
+    if lora is not None or not on_hopper(params["wte"].dtype) or not packable(params):
+        return False
+    fits = packable(params, mesh)
+    if fits and mesh is not None and mesh.shape["fsdp"] > 1:
+        replicated = tree_bytes(params["layers"]) / tensor_size(mesh)
+        fits = replicated < device_limit(jax.local_devices()[0]) / 2
+    if not fits:
+        _log.warning("weights stay as they are, slower: this mesh has no layout for packed ones")
+    return fits
+
+
+def is_packed(params: Params) -> bool:
+    return isinstance(params["layers"]["attn"]["wqkv"], PackedWeight)
+
+
+def check_mesh(cfg: ModelConfig, params: Params, mesh: Mesh | None) -> None:
+    """InputError if the packed weights are those of a mesh with another tensor axis."""
+    rows = math.prod(params["layers"]["attn"]["wqkv"].out_shape)
+    packed_for, size = 3 * cfg.attention_size // rows, tensor_size(mesh)
+    if packed_for != size:
+        raise InputError(
+            f"the weights are packed for tensor={packed_for}, the mesh has tensor={size}; "
+            "pack them for this mesh"
+        )
+
+
+def pack_params(
+    params: Params, *, consume: bool = False, int8_head: bool = False, mesh: Mesh | None = None
+) -> Params:
+    """Reorders the quantized weights; on a mesh, each device its own slice of heads and FFN.
+
+    With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
+    its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
+    half of the bytes that it costs a step, for a change of the logits. What `cache.key_units` takes
+    off the keys and gives to the queries, so that an int8 cache holds them well, goes into their
+    weight and bias here, once. Raises InputError if the tensor axis does not divide heads and
+    groups.
+    """
+    if tensor_size(mesh) > 1:
+        check_tensor_axis(dict(mesh.shape), _units(params, int8_head))
+    layers, one = params["layers"], functools.partial(_pack, mesh=mesh, consume=consume)
+    attn, mlp = layers["attn"], layers["mlp"]
+    unit = key_units(attn["bqkv"][:, 1])  # [L, N, H]
+    factor = jnp.stack([unit, 1 / unit, jnp.ones_like(unit)], axis=1)  # [L, 3, N, H]
+    head = params["lm_head"]
+    if int8_head:
+        quantized = jax.jit(lambda w: jax.tree.map(lambda x: x[None], quantize(w, _HEAD)))(head)
+        head = _pack("lm_head", quantized, mesh=mesh, consume=True)
+    return params | {
+        "lm_head": head,
+        "layers": {
+            "ln_1": layers["ln_1"],
+            "ln_2": layers["ln_2"],
+            "attn": {
+                "wqkv": one("wqkv", attn["wqkv"], factor=factor),
+                "bqkv": attn["bqkv"] * factor,
+                "wo": one("wo", attn["wo"]),
+            },
+            "mlp": {
+                "up_gate": one("up_gate", mlp["up"], mlp["gate"]),
+                "down": one("down", mlp["down"]),
+            },
+        },
+    }
+
+
+def _pack(
+    name: str, *leaves: QTensor, mesh: Mesh | None, consume: bool, factor: jax.Array | None = None
+) -> PackedWeight:
+    run, dim = pack, CUT[name]
+    if mesh is not None and mesh.size > 1:
+        size = leaves[0].shape[dim]
+        if name in ("up_gate", "down"):
+            size += -size % (_FFN_BLOCK * tensor_size(mesh))
+        run = functools.partial(pack_slices, mesh=mesh, dim=dim, size=size)
+    out = jax.jit(run)(*leaves, factor=factor)
+    if consume:
+        jax.block_until_ready(out)
+        for array in jax.tree.leaves(leaves):
+            array.delete()
+    return out
+
+
+def _units(params: Params, int8_head: bool = False) -> dict[str, int]:
+    """What the tensor axis must divide."""
+    wqkv, wo = params["layers"]["attn"]["wqkv"], params["layers"]["attn"]["wo"]
+    group = GROUPS[wo.kind] or 8
+    units = {"heads": wqkv.shape[-3], f"groups of {group} inputs": wo.in_size // group}
+    return units | ({"blocks of 16 tokens": params["lm_head"].shape[0] // 16} if int8_head else {})
+
+
+def layer_layout(layers: Params) -> Params:
+    """The PartitionSpec of each array of params["layers"]."""
+
+    def one(path: tuple, leaf: Any) -> Any:
+        name = path[-1].key
+        if isinstance(leaf, PackedWeight):
+            return slice_layout(leaf, CUT[name])
+        return PartitionSpec(None, None, "tensor") if name == "bqkv" else PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(
+        one, layers, is_leaf=lambda leaf: isinstance(leaf, PackedWeight)
+    )
+
+
+def head_layout(head: jax.Array | PackedWeight, mesh: Mesh) -> tuple[Any, Any]:
+    """The same of the output head, and the mesh axes over which its tokens are split."""
+    if isinstance(head, PackedWeight):
+        return slice_layout(head, CUT["lm_head"]), "tensor"
+    layout = partition_spec(HEAD_AXES, head.shape, mesh)
+    return layout, layout[0]
