@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.collectives import collectives, sent_by_kind
 from benchmarks.profile import kernel_table
 from qwen_jax import runtime
 from qwen_jax.adapters import LoraConfig, init_lora
@@ -59,7 +60,9 @@ class Args:
     seq: tuple[int, ...] = (2048,)
     """tokens of a sequence; a row of the table for each"""
     batch: int = 1
-    """sequences a step"""
+    """sequences of a micro batch"""
+    accumulate: int = 1
+    """micro batches of a step"""
     remat: tuple[str, ...] = ("auto",)
     """levels to compare"""
     compute: tuple[str, ...] = ("bf16",)
@@ -70,6 +73,8 @@ class Args:
     """of all five targets"""
     mesh: str = "1"
     """devices"""
+    overlap: str = "auto"
+    """of exchange and computation: auto, none, schedule, pipeline; see train/overlap.py"""
     offload_embedding: bool = False
     """embedding table in host memory"""
     device_memory: float | None = None
@@ -97,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"bf16 GEMM {'x'.join(map(str, GEMM))}: {ceiling / 1e12:.0f} TFLOP/s")
     best: dict[int, float] = {}
     for seq, compute, remat in itertools.product(args.seq, args.compute, args.remat):
-        row = _in_child(args, seq, compute, remat)
+        row = in_child(args, seq, compute, remat)
         if row is not None:
             print(describe(row, ceiling), flush=True)
             best[seq] = max(best.get(seq, 0.0), row["tokens_per_second"])
@@ -125,6 +130,7 @@ def measure(args: Args) -> dict:
         sizes=sizes,
         rows=max(1, args.batch // (sizes["data"] * sizes["fsdp"])),
         length=seq,
+        accumulation=args.accumulate,
         offload_embedding=args.offload_embedding,
     )
     limit = device_limit(mesh.devices.flat[0])
@@ -140,29 +146,32 @@ def measure(args: Args) -> dict:
     schedule = make_schedule("constant", 1e-4, 100)
     optimizer = make_optimizer(schedule)
     state = init_state(optimizer, init_lora(cfg, lora_cfg, jax.random.key(1), mesh), mesh)
-    how = Compute(remat=remat, products=args.compute[0], mesh=mesh)
+    how = Compute(remat=remat, products=args.compute[0], mesh=mesh, overlap=args.overlap)
     step = compile_step(cfg, optimizer, schedule, state, params, how)
     began = time.perf_counter()
     compiled = step.lower(state, params, batch).compile()
     compile_seconds = time.perf_counter() - began
+    sent = sent_by_kind(collectives(compiled.as_text())) if mesh.size > 1 else {}
     losses = []
     for _ in range(2):
         state, metrics = compiled(state, params, batch)
         losses.append(float(metrics["loss"]))
     seconds = _timed(compiled, state, params, batch, args)
-    stats = mesh.devices.flat[0].memory_stats() or {}
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in mesh.devices.flat]
     return {
         "seq": seq,
-        "tokens": args.batch * seq,
+        "tokens": args.accumulate * args.batch * seq,
         "devices": mesh.size,
         "compute": args.compute[0],
         "remat": str(remat),
         "seconds": seconds,
         "useful": 4 * (num_parameters(cfg) - cfg.vocab_size * cfg.hidden_size),
         "computed": computed_flops(cfg, remat, seq),
-        "peak": stats.get("peak_bytes_in_use", 0),
+        "peak": max(peaks),
         "planned": work.budget(remat).total,
         "weights": weights,
+        "device_weights": shard_bytes(params),
+        "sent": sent,
         "compile_seconds": compile_seconds,
         "init_seconds": init_seconds,
         "losses": losses,
@@ -171,9 +180,16 @@ def measure(args: Args) -> dict:
     }
 
 
+def shard_bytes(tree) -> int:
+    """Bytes of a tree of arrays on its first device."""
+    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(tree)]
+    return tree_bytes(shards)
+
+
 def _batch(params, cfg, mesh, args: Args, seq: int) -> dict[str, jax.Array]:
     """Random tokens, all trained; with the embedding taken off the device if asked."""
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, args.batch, seq), np.int32)
+    shape = (args.accumulate, args.batch, seq)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape, np.int32)
     batch = {"tokens": tokens, "loss_mask": np.ones(tokens.shape, bool)}
     if args.offload_embedding:
         table = params.pop("wte")
@@ -254,7 +270,8 @@ def describe(row: dict, ceiling: float) -> str:
     )
 
 
-def _in_child(args: Args, seq: int, compute: str, remat: str) -> dict | None:
+def in_child(args: Args, seq: int, compute: str, remat: str) -> dict | None:
+    """One row, measured in a process of its own; None, said in a line, if that failed."""
     one = dataclasses.replace(args, seq=(seq,), compute=(compute,), remat=(remat,), child=True)
     flags = [sys.executable, "-m", "benchmarks.train"]
     for field in dataclasses.fields(one):

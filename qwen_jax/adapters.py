@@ -19,6 +19,7 @@ import safetensors.numpy
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qwen_jax import processes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, did_you_mean, shown
 from qwen_jax.files import replacing, write_json
@@ -206,16 +207,19 @@ def save_peft(
     """Writes adapter_config.json and adapter_model.safetensors as PEFT reads them.
 
     Tensors are float32 under the official Qwen module names. The weights file goes first and each
-    file appears whole, so a folder with an adapter_config.json is a complete adapter.
+    file appears whole, so a folder with an adapter_config.json is a complete adapter. Of several
+    processes all must call it, and process 0 writes; the others do not wait for it.
     """
     tensors: dict[str, np.ndarray] = {}
     for spec in target_specs(cfg, lora_cfg.targets):
         pair = _at(lora.weights, spec.path)
-        a, b = np.asarray(pair["a"], np.float32), np.asarray(pair["b"], np.float32)
+        a, b = (processes.fetch(pair[side]).astype(np.float32) for side in "ab")
         for layer, name in enumerate(spec.torch_names()):
             module = _PREFIX + name.rpartition(".")[0]
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a[layer])
             tensors[f"{module}.lora_B.weight"] = b[layer].reshape(-1, lora_cfg.rank).copy()
+    if not processes.first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", _FINGERPRINT_KEY: fingerprint}
     with replacing(folder / ADAPTER_WEIGHTS) as path:

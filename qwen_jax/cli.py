@@ -17,12 +17,14 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
 import tyro
 
+from qwen_jax import processes
 from qwen_jax.errors import InputError, UsageError, did_you_mean
 
 Args = TypeVar("Args")
@@ -194,6 +196,9 @@ def run(main: Callable[[], None]) -> None:
         _fail(None, 128 + signal.SIGPIPE)
     except Exception as error:
         if (text := _cause(error)) is None:
+            if processes.several():
+                traceback.print_exc()
+                processes.leave_at_once(1)
             raise
         _fail(f"error: {' '.join(text.split())}", 1)
 
@@ -209,6 +214,7 @@ def _fail(line: str | None, code: int) -> None:
     if line is not None:
         with contextlib.suppress(OSError):
             print(line, file=sys.stderr, flush=True)
+    processes.leave_at_once(code)
     raise SystemExit(code) from None
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from qwen_jax import processes
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
-from qwen_jax.params import abstract_params, param_table
+from qwen_jax.params import abstract_params, param_table, tree_bytes
 from qwen_jax.quant import QTensor, QuantFormat
-from qwen_jax.sharding import MESH_AXES
+from qwen_jax.sharding import MESH_AXES, describe_mesh
 
 GB = 1e9
 
@@ -59,6 +60,32 @@ def weight_bytes(
     return out
 
 
+def replicated_share(
+    cfg: ModelConfig, dtype: Any, fmt: QuantFormat | None, sizes: dict[str, int]
+) -> str | None:
+    """A line about the weights that an axis of the mesh does not divide; None if there are none."""
+    tree = abstract_params(cfg, dtype, fmt, abstract_mesh(sizes))
+    total, whole, names = 0, 0, []
+    for spec in param_table(cfg):
+        leaf = tree
+        for name in spec.path:
+            leaf = leaf[name]
+        total += (size := tree_bytes(leaf))
+        main = leaf.data if isinstance(leaf, QTensor) else leaf
+        cut = {axis for part in main.sharding.spec if part for axis in np.ravel(part).tolist()}
+        missing = [axis for axis in ("fsdp", "tensor") if sizes[axis] > 1 and axis not in cut]
+        if missing and spec.role not in ("norm", "bias"):
+            whole += size
+            names.append(f"{spec.path[-1]} over {' and '.join(missing)}")
+    if not names:
+        return None
+    return (
+        f"mesh {describe_mesh(sizes)}: {whole / GB:.2f} of {total / GB:.2f} GB of weights are not "
+        f"cut, the axis does not divide them ({', '.join(names)}): each of its devices holds all "
+        "of them"
+    )
+
+
 def layer_values(cfg: ModelConfig) -> int:
     """Weights of the linear layers of one decoder layer: what is dequantized at a time."""
     return sum(math.prod(spec.shape) for spec in param_table(cfg) if spec.role == "linear")
@@ -96,3 +123,11 @@ class Budget:
 def device_limit(device: jax.Device) -> int:
     """Bytes that jax may allocate on a device; 0 where the backend does not say (CPU)."""
     return (device.memory_stats() or {}).get("bytes_limit", 0)
+
+
+def mesh_limit(mesh: Mesh) -> int:
+    """The same of the smallest device of a mesh, whichever process it belongs to."""
+    smallest = min(device_limit(device) for device in mesh.local_devices) >> 20  # fits 32 bits
+    # The smallest of all: what follows from it must be the same in every process.
+    unused = 2**31 - 1
+    return (unused - processes.most(unused - smallest)) << 20

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight, qmatmul
-from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs
+from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.quant import Layer, QTensor, QuantFormat
 from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
@@ -162,6 +162,26 @@ def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
     return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
 
 
+def _gather_pairs(cfg: ModelConfig, pairs: Params, mesh: Mesh | None) -> Params:
+    """Joins the fsdp slices of LoRA (as `lora_layers` gives it), once for all layers.
+
+    190 MB at 72B and rank 8. Left in slices, XLA multiplies with each of them where it lies and
+    exchanges the results, 0.3 GB a layer at 2,048 tokens of 72B.
+    """
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return pairs
+    gathered = {block: dict(inside) for block, inside in pairs.items()}
+    for spec in param_table(cfg):
+        block, name = spec.path[1:] if len(spec.path) == 3 else ("", "")
+        if name in gathered.get(block, {}):
+            pair, layout = gathered[block][name], leaf_spec(spec, mesh, None, ("fsdp",))
+            gathered[block][name] = {
+                "a": constrain(pair["a"], mesh, PartitionSpec(None, None, layout[-1])),
+                "b": constrain(pair["b"], mesh, PartitionSpec(None, None, *layout[:-1])),
+            }
+    return gathered
+
+
 def _layer_weights(layers: Params, index: jax.Array, mesh: Mesh | None) -> Params:
     """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
     layers would first be copied out of the stacks, gigabytes of it.
@@ -286,7 +306,7 @@ def hidden_states(
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
     x = embed(params, tokens, mesh) if embedded is None else embedded
-    pairs = lora_layers(lora, x.dtype)
+    pairs = _gather_pairs(cfg, lora_layers(lora, x.dtype), mesh)
     gather = _gather(cfg, params["layers"], mesh)
     multiply = functools.partial(linear, compute=compute)
 

@@ -88,14 +88,23 @@ def provide_devices(count: int) -> None:
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """Builds the mesh from the first devices; InputError if there are too few."""
+    """Builds the mesh from the first devices; InputError if there are too few.
+
+    Several processes must use all of theirs: one without a device of the mesh could not take part.
+    """
     count = math.prod(sizes.values())
     provide_devices(count)
     devices = jax.devices()
     if count > len(devices):
         raise InputError(
-            f"the mesh {describe_mesh(sizes)} needs {count} devices, this machine has "
+            f"the mesh {describe_mesh(sizes)} needs {count} devices, "
+            f"{'this machine has' if jax.process_count() == 1 else 'all processes have'} "
             f"{len(devices)} ({devices[0].platform}); use a smaller --mesh"
+        )
+    if count < len(devices) and jax.process_count() > 1:
+        raise InputError(
+            f"the mesh {describe_mesh(sizes)} has {count} devices, the {jax.process_count()} "
+            f"processes have {len(devices)}; give --mesh all of them"
         )
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     # The default became Explicit axes, under which the embedding gather raises.

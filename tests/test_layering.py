@@ -11,6 +11,7 @@ ORDER = [
     "journal",
     "config",
     "runtime",
+    "processes",
     "sharding",
     "quant",
     "remat",

@@ -17,7 +17,7 @@ from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.manifest import Manifest
-from qwen_jax.memory import Budget, weight_bytes
+from qwen_jax.memory import Budget, replicated_share, weight_bytes
 from qwen_jax.params import abstract_params, init_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
@@ -52,6 +52,18 @@ def workload(**changes) -> Workload:
 
 def test_unquantized_72b_is_the_published_total_size():
     assert sum(weight_bytes(config_72b(), jnp.bfloat16, None, ONE).values()) == 144_575_840_256
+
+
+def test_weights_that_an_axis_does_not_divide_are_named():
+    nf4 = QuantFormat.named("nf4")
+    for divides in (ONE, ONE | {"fsdp": 8}, ONE | {"fsdp": 2, "tensor": 4}, ONE | {"data": 3}):
+        assert replicated_share(config_72b(), jnp.bfloat16, nf4, divides) is None
+    line = replicated_share(config_72b(), jnp.bfloat16, nf4, ONE | {"fsdp": 3})
+    # 3 divides F = 24576 and V = 152064, but neither D = 8192 nor H = 128.
+    assert "21.88 of 40.99 GB" in line and "\n" not in line
+    assert "(wte over fsdp, wqkv over fsdp, wo over fsdp, down over fsdp)" in line
+    alone = sum(weight_bytes(config_72b(), jnp.bfloat16, nf4, ONE | {"fsdp": 3}).values())
+    assert alone == pytest.approx(21.88e9 + (40.99e9 - 21.88e9) / 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("fmt", ["none", "int8", "nf4"])

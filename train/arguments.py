@@ -30,9 +30,17 @@ _COUNTS = (
     "save_steps",
     "cutoff_len",
     "max_samples",
+    "num_processes",
 )
 _POSITIVE = ("lora_alpha", "learning_rate", "num_train_epochs", "device_memory")
-_NOT_NEGATIVE = ("warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+_NOT_NEGATIVE = (
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "process_id",
+)
 # int32 steps, and seeds of 32 bits: jax.random.key drops the rest.
 _MOST = {
     "lora_rank": 2**16,
@@ -66,6 +74,14 @@ class Args:
     """folder OUT/checkpoint-N; unset: the newest one in output_dir, if any"""
     mesh: str = "1"
     """number of devices (fsdp), or sizes such as data=2,fsdp=2,tensor=2"""
+    coordinator: str | None = None
+    """several processes: HOST:PORT of process 0, or auto under SLURM or Open MPI; unset: one"""
+    num_processes: int | None = None
+    """of the run; with --coordinator HOST:PORT"""
+    process_id: int | None = None
+    """which of them this is, from 0; with --coordinator HOST:PORT"""
+    local_devices: str | None = None
+    """GPUs of this process, such as 0 or 0,1; unset: all it sees, under SLURM or Open MPI one"""
 
     lora_rank: int = 8
     """rank of every pair of matrices"""

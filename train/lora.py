@@ -23,13 +23,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from qwen_jax import runtime
+from qwen_jax import processes, runtime
 from qwen_jax.adapters import abstract_lora, describe_trainable, init_lora, save_peft
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
 from qwen_jax.manifest import load_manifest, planned_manifest
-from qwen_jax.memory import device_limit
+from qwen_jax.memory import mesh_limit, replicated_share
 from qwen_jax.params import tree_bytes
 from qwen_jax.sharding import check_tensor_axis, describe_mesh, make_mesh, parse_mesh
 from qwen_jax.tokenizer import Tokenizer
@@ -62,6 +62,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plan:
         print_plan(args, sizes)
         return
+    with processes.joined(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        args.local_devices,
+        devices=math.prod(sizes.values()),
+    ):
+        prepare(args, sizes)
+
+
+def prepare(args: Args, sizes: dict[str, int]) -> None:
+    """Everything before the weights; then the run."""
     mesh = make_mesh(sizes)  # first: it may have to ask for virtual devices
     resume_from = find_start(args)
 
@@ -86,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("compute fp8: faster and coarser; no long run has shown yet that it trains as well")
     plan = Plan.make(args, model, sizes, len(dataset.examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
+    say_replicated(model, sizes)
     longest = max(len(example.ids) for example in dataset.examples)
     length = bucket_length(longest, args.cutoff_len)
-    limit = device_limit(mesh.devices.flat[0])
+    limit = mesh_limit(mesh)
     check_room_to_quantize(manifest, model.dtype, model.quantize_to, sizes, limit)
     remat, budget = decide(args, model, sizes, length, limit)
     print(f"memory of each device at {length} tokens a row:\n{budget.describe()}")
@@ -103,6 +116,13 @@ def check_heads(sizes: dict[str, int], cfg: ModelConfig) -> None:
     check_tensor_axis(sizes, {"heads": cfg.num_heads, "FFN columns": cfg.ffn_size})
 
 
+def say_replicated(model: ModelPlan, sizes: dict[str, int]) -> None:
+    """Prints which weights the mesh does not divide, if any."""
+    line = replicated_share(model.manifest.config, model.dtype, model.format, sizes)
+    if line:
+        print(line)
+
+
 def print_plan(args: Args, sizes: dict[str, int]) -> None:
     """What --plan prints: from the parameter table, with no weights and on any machine."""
     manifest = planned_manifest(args.model_name_or_path)
@@ -110,6 +130,7 @@ def print_plan(args: Args, sizes: dict[str, int]) -> None:
     model = ModelPlan.make(args, manifest)
     remat, budget = decide(args, model, sizes, bucket_length(args.cutoff_len, args.cutoff_len), 0)
     print(describe_trainable(manifest.config, model.lora))
+    say_replicated(model, sizes)
     print(f"memory of each of {math.prod(sizes.values())} devices ({describe_mesh(sizes)}), "
           f"rows of {args.cutoff_len} tokens, remat {remat}:\n{budget.describe()}")  # fmt: skip
     budget.check(REMEDY)
@@ -130,11 +151,13 @@ def train(
         schedule, max_grad_norm=args.max_grad_norm, weight_decay=args.weight_decay
     )
     settings = plan.settings(args) | {"data": fingerprint(examples)}
+    start = resume_from.name if resume_from else None
+    processes.check_same("the settings", [settings, str(compute.remat), plan.sizes, start])
     state = start_state(plan, settings, optimizer, mesh, resume_from)
     folder = prepare_output(args, resume_from)
-    check_free(folder, state)
+    processes.by_first("finding room", lambda: check_free(folder, state))
     params = load_base(args.model_name_or_path, model.dtype, model.quantize_to, mesh)
-    table = np.asarray(params.pop("wte")) if args.offload_embedding else None
+    table = processes.fetch(params.pop("wte")) if args.offload_embedding else None
     print(f"base {tree_bytes(params) / 1e9:.2f} GB over {mesh.size} devices", flush=True)
     save_adapter = functools.partial(
         save_peft,
@@ -153,6 +176,7 @@ def train(
         steps_per_epoch=plan.batches.steps_per_epoch,
         every=args.logging_steps,
     )
+    stop = processes.Agreed()  # the signal that any of the processes got
     with contextlib.closing(report), interruptible() as interrupted:
         for step, batch in batches(
             examples, plan.batches, first, plan.total, cutoff_len=args.cutoff_len, pad_id=pad_id
@@ -160,14 +184,16 @@ def train(
             state, metrics = step_fn(state, params, micro_batches(batch, plan, mesh, table))
             done = step + 1
             report.add(done, metrics, int(batch["lengths"].sum()))
-            if interrupted or save_due(args, plan, done):
+            number = stop.update(interrupted[0] if interrupted else 0)
+            if number or save_due(args, plan, done):
                 report.check()
-                with going_on(report, unless=bool(interrupted)):
+                with going_on(report, unless=bool(number)):
                     save_checkpoint(folder, state, settings, save_adapter)
-            if interrupted and done < plan.total:
+            if number and done < plan.total:
                 print(f"stopped after step {done}; to go on from {folder}/checkpoint-{done}, run "
                       "the same command without --overwrite_output_dir")  # fmt: skip
-                raise KeyboardInterrupt if interrupted[0] == signal.SIGINT else SystemExit(143)
+                processes.part()
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
 
     save_adapter(folder, lora=state.lora)
     print(f"adapter saved in {folder}")
@@ -197,15 +223,26 @@ def micro_batches(
     mesh: Mesh,
     table: np.ndarray | None = None,  # [V, D]: an embedding that stays on the host
 ) -> dict[str, jax.Array]:  # [A, B, T], and embedded [A, B, T, D] with a table
-    """The rows of a step, cut into its micro batches and laid out over the devices."""
+    """The rows of a step, cut into its micro batches and laid out over the devices.
+
+    Each process places, and looks up, only the rows of its own devices.
+    """
     layout = batch_sharding(mesh)
-    rows = {name: batch[name] for name in ("tokens", "loss_mask")}
-    if table is not None:
-        rows["embedded"] = table[batch["tokens"]]
-    return {
-        name: jax.device_put(x.reshape(plan.accumulation, plan.rows, *x.shape[1:]), layout)
-        for name, x in rows.items()
+    tokens, mask = (
+        batch[name].reshape(plan.accumulation, plan.rows, -1) for name in ("tokens", "loss_mask")
+    )
+
+    def placed(shape: tuple[int, ...], part) -> jax.Array:
+        return jax.make_array_from_callback(shape, layout, part)
+
+    rows = {
+        "tokens": placed(tokens.shape, tokens.__getitem__),
+        "loss_mask": placed(mask.shape, mask.__getitem__),
     }
+    if table is not None:
+        shape = (*tokens.shape, table.shape[-1])
+        rows["embedded"] = placed(shape, lambda index: table[tokens[index[:3]]])
+    return rows
 
 
 def save_due(args: Args, plan: Plan, done: int) -> bool:

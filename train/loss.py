@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.model import unembed
-from qwen_jax.sharding import constrain, partition_spec
+from qwen_jax.sharding import RULES, constrain, partition_spec
 
 # Tokens whose logits are in memory at once, for each group of devices that shares its rows.
 CHUNK_TOKENS = 512
@@ -83,7 +83,9 @@ def _scan_chunks(mesh, hidden, lm_head, targets, mask, with_gradient: bool):
         if mesh is not None:
             # The head stays cut along V on its devices; the rows, far smaller, go to it.
             vocab = partition_spec(("vocab",), (lm_head.shape[0],), mesh)
-            logits = constrain(logits, mesh, PartitionSpec("data", None, *vocab))
+            cut = vocab[0] if isinstance(vocab[0], tuple) else (vocab[0],)
+            rows = tuple(axis for axis in RULES["batch"] if axis not in cut)
+            logits = constrain(logits, mesh, PartitionSpec(rows, None, *vocab))
         # A masked sum, not a gather: V may be cut over devices.
         hit = jnp.arange(logits.shape[-1]) == target[..., None]
         picked = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)

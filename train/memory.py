@@ -62,13 +62,15 @@ class Workload:
         if self.offload_embedding:
             del weights["embedding"]
         pairs = device_bytes(abstract_lora(cfg, self.lora, mesh=abstract_mesh(self.sizes)))
+        joined = abstract_mesh(self.sizes | {"fsdp": 1})  # as the layers use and return them
+        used = device_bytes(abstract_lora(cfg, self.lora, mesh=joined))
         kept = sum(count * self.saved_bytes(level) for count, level in remat.runs)
         accumulator = pairs if self.accumulation > 1 else 0
         return Budget(
             {
                 **weights,
                 "LoRA and its moments": 3 * pairs,
-                "LoRA gradients and casts": pairs + pairs * self.item // 2 + accumulator,
+                "LoRA gradients and casts": pairs + used * self.item // 2 + accumulator,
                 f"kept for the backward pass, {remat}": kept,
                 "work of one layer and of the loss": max(self._layer(), self._loss()),
             },

@@ -1,6 +1,7 @@
 """What a training run says while it runs: a progress bar, a line every so often, a log file.
 
-It reads metrics that the step returned; it knows nothing of the model or of how they were made.
+It reads metrics that the step returned; it knows nothing of the model or of how they were made. Of
+several processes all check the metrics, and process 0 says and writes.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from qwen_jax import processes
 from qwen_jax.errors import InputError
 
 LOG_FILE = "trainer_log.jsonl"
@@ -28,11 +30,14 @@ class Report:
     ):
         self.path = folder / LOG_FILE
         self.total, self.steps_per_epoch, self.every = total, steps_per_epoch, every
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=None)
+        self.silent = not processes.first()
+        quiet = True if self.silent else None  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=quiet)
         self.began = time.perf_counter()
         self.metrics: list[dict] = []
         self.tokens, self.step = 0, start
-        self._drop_lines_after(start)
+        if not self.silent:
+            self._drop_lines_after(start)
 
     def add(self, step: int, metrics: dict, tokens: int) -> None:
         """`step` steps are done; `tokens` is how many real tokens the last one read."""
@@ -45,7 +50,8 @@ class Report:
 
     def say(self, line: str) -> None:
         """A line above the progress bar."""
-        tqdm.write(line)
+        if not self.silent:
+            tqdm.write(line)
 
     def close(self) -> None:
         self.bar.close()
@@ -62,6 +68,9 @@ class Report:
 
     def _write(self, step: int) -> None:
         self.check()
+        if self.silent:
+            self.metrics = []
+            return
         fetched = jax.device_get(self.metrics)
         seconds = time.perf_counter() - self.began
         weights = np.array([m["tokens"] for m in fetched], np.float64)
@@ -100,6 +109,6 @@ class Report:
 
 
 def peak_memory() -> int:
-    """Most bytes that one device has held so far; 0 where the backend does not say (CPU)."""
+    """Most bytes that a device of this process has held; 0 where the backend does not say (CPU)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(s.get("peak_bytes_in_use", 0) for s in stats)

@@ -4,7 +4,8 @@
     OUT/checkpoint-N/run.json     the settings that a resumed run must share; a sha256 of each file
     OUT/checkpoint-N/adapter_*    the adapter after N steps, as PEFT writes it
 
-It knows nothing of how the state is made or used.
+Of several processes each writes and reads its own slices of the state, in one folder that all of
+them see; process 0 does the rest. It knows nothing of how the state is made or used.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from qwen_jax import processes
 from qwen_jax.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qwen_jax.errors import InputError
 from qwen_jax.files import read_json_object, sync_folder, write_json
@@ -70,6 +72,18 @@ def _check_writable(folder: pathlib.Path) -> None:
 def prepare_output(args: Args, start: pathlib.Path | None) -> pathlib.Path:
     """Makes the output folder; a run that begins anew drops what an earlier one left in it."""
     folder = pathlib.Path(args.output_dir)
+    processes.by_first("making --output_dir", lambda: _prepare(folder, args, start))
+    if not folder.is_dir():
+        missing = InputError(
+            f"--output_dir {folder} is not the folder that process 0 made: several processes need "
+            "one that all of them see, on a shared disk"
+        )
+        processes.together("finding --output_dir", missing)
+    processes.together("finding --output_dir", None)
+    return folder
+
+
+def _prepare(folder: pathlib.Path, args: Args, start: pathlib.Path | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,7 +93,6 @@ def prepare_output(args: Args, start: pathlib.Path | None) -> pathlib.Path:
             shutil.rmtree(old)
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOG_FILE):
             (folder / name).unlink(missing_ok=True)
-    return folder
 
 
 def check_free(folder: pathlib.Path, state: TrainState) -> None:
@@ -102,24 +115,42 @@ def save_checkpoint(
 
     InputError if it cannot be written, say because the disk is full.
     """
-    check_free(folder, state)
     target = folder / f"checkpoint-{int(state.step)}"
     staging = folder / f".{target.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+
+    def begin() -> None:
+        check_free(folder, state)
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def save_state() -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((staging / "state").resolve(), _stored(state))
+
+    def finish() -> None:
         save_adapter(staging, lora=state.lora)
-        write_json(staging / "run.json", settings | {_CHECKSUMS: _checksums(staging / "state")})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(staging, target)
-    except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
-        raise InputError(
-            f"{target} cannot be written: {' '.join(str(error).split())[:300]}"
-        ) from None
+        if processes.first():
+            write_json(staging / "run.json", settings | {_CHECKSUMS: _checksums(staging / "state")})
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(staging, target)
+            sync_folder(folder)
+
+    processes.by_first("beginning a checkpoint", begin)
+    try:
+        for part in (save_state, finish):
+            processes.together(f"writing {target.name}", _failure(part, target))
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    sync_folder(folder)
+        if processes.first():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _failure(act: Callable[[], None], target: pathlib.Path) -> InputError | None:
+    try:
+        act()
+    except InputError as error:
+        return error
+    except (OSError, ValueError) as error:  # tensorstore raises ValueError for a full disk
+        return InputError(f"{target} cannot be written: {' '.join(str(error).split())[:300]}")
+    return None
 
 
 def load_state(checkpoint: pathlib.Path, abstract: TrainState, settings: dict) -> TrainState:

@@ -25,6 +25,7 @@ from qwen_jax.model import hidden_states
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import batch_spec, replicated
 from train.loss import next_token_loss
+from train.overlap import compiler_options
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -36,6 +37,7 @@ class Compute:
     remat: Remat
     products: str = "bf16"  # with frozen weights: in the dtype of the activations, or "fp8"
     mesh: Mesh | None = None
+    overlap: str = "auto"  # of exchange between GPUs and computation: train.overlap
 
 
 @struct.dataclass
@@ -224,4 +226,5 @@ def compile_step(
         donate_argnums=0,
         in_shardings=(state_layout, params_layout, None),  # a batch comes laid out
         out_shardings=(state_layout, replicated(compute.mesh)),
+        compiler_options=compiler_options(compute.mesh, compute.overlap) or None,
     )

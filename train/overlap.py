@@ -1,0 +1,67 @@
+"""How the exchange between GPUs is hidden behind computation: options of XLA for one program.
+
+    none      XLA's defaults (jax 0.10 and 0.11: the latency hiding scheduler is off)
+    schedule  that scheduler on: the five gathers of a layer start with the layer, and the products
+              of one weight run while the next one arrives, so that only the first is waited for.
+              Gathers of codes are not joined, which would make all products wait for all of them.
+    pipeline  the gathers of the next layer start within this one as well; the packed weights of two
+              layers are then held at once (0.5 GB each at 72B), and the loop is unrolled twice,
+              since carrying them over would copy them
+
+They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Nothing here is
+measured yet on several GPUs; `benchmarks.train --overlap` compares.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+OVERLAP = ("auto", "none", "schedule", "pipeline")
+
+# Over the scales of a 72B weight (3 MB), which may travel together; under its codes (from 33 MB).
+_JOIN_BYTES = 32 * 2**20
+_SCHEDULE: dict[str, bool | int] = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": _JOIN_BYTES,
+    "xla_gpu_experimental_enable_heuristic_collective_combining": False,
+}
+_PIPELINE = _SCHEDULE | {
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,
+}
+_OPTIONS: dict[str, dict[str, bool | int]] = {
+    "none": {},
+    "schedule": _SCHEDULE,
+    "pipeline": _PIPELINE,
+}
+
+_log = logging.getLogger(__name__)
+
+
+def compiler_options(mesh: Mesh, overlap: str = "auto") -> dict[str, bool | int]:
+    """Options for jax.jit of a step over `mesh`; none on one device, or on anything but GPUs.
+
+    `auto` is `schedule`. An option that this jaxlib does not know is left out, and said.
+    """
+    if overlap not in OVERLAP:
+        raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+        return {}
+    chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
+    return {name: value for name, value in chosen.items() if known(name, value)}
+
+
+@functools.cache
+def known(name: str, value: bool | int) -> bool:
+    """Whether this jaxlib takes the option: names come and go with its versions."""
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(jnp.zeros(())).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        _log.warning("this jaxlib does not know %s: exchange may hide less", name)
+        return False
+    return True
