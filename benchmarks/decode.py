@@ -60,7 +60,6 @@ class Args:
     mesh: str = ""  # devices, as for generation: 2, or tensor=2,data=2; default one
     against_one: bool = False  # the same on one device of the mesh too, and the ratio
     share: int = 1  # heads, FFN columns and vocabulary divided by so many, on one device
-    xla: tuple[str, ...] = ()  # options of the decode program, NAME=true or NAME=false
     layers: int | None = None  # default: as many as the config has
     batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
     context: int = 1024  # tokens already in the cache
@@ -159,16 +158,15 @@ def measure(
         raise UsageError(f"a batch of {batch} rows on a mesh that splits them by {split}")
     requests, state = start(cfg, args, batch, capacity, dtype, mesh)
     fixed = (cfg, mesh, cfg.vocab_size, params, None, requests)
-    xla = tuple((name, value == "true") for name, _, value in (x.partition("=") for x in args.xla))
     began = time.perf_counter()
-    state, block, _ = steps.decode(*fixed, state, xla)
+    state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     compile_seconds = time.perf_counter() - began
-    state, block, _ = steps.decode(*fixed, state, xla)
+    state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     began = time.perf_counter()
     for _ in range(args.dispatches):
-        state, block, _ = steps.decode(*fixed, state, xla)
+        state, block, _ = steps.decode(*fixed, state)
     jax.block_until_ready(block)
     seconds = (time.perf_counter() - began) / (args.dispatches * steps.BLOCK)
     filled = args.context + tokens // 2
@@ -180,7 +178,7 @@ def measure(
     if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                state, block, _ = steps.decode(*fixed, state, xla)
+                state, block, _ = steps.decode(*fixed, state)
                 jax.block_until_ready(block)
             print(kernel_table(pathlib.Path(folder), steps.BLOCK, top=24), flush=True)
     return {
@@ -297,8 +295,6 @@ def main(argv=None):
     runtime.configure()
     if args.kind not in KINDS or (args.int8_head and args.kind == "bf16"):
         raise UsageError(f"--kind {args.kind}: expected one of {KINDS}, bf16 without --int8_head")
-    if any(not option.endswith(("=true", "=false")) for option in args.xla):
-        raise UsageError(f"--xla {' '.join(args.xla)}: expected NAME=true or NAME=false")
     cfg = configured(args)
     mesh = make_mesh(mesh_sizes(args.mesh, cfg)) if args.mesh else None
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen_jax import packed
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import Text, accept, judge, look_up, remember
@@ -128,6 +127,7 @@ def prefill(
     return pin(cfg, mesh, state), out[:, None], state.done
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="state")
 def decode(
     cfg: ModelConfig,
     mesh: Mesh | None,
@@ -136,41 +136,7 @@ def decode(
     pairs: Params,  # model.lora_layers
     requests: Requests,
     state: DecodeState,
-    xla: tuple[tuple[str, bool], ...] = (),  # XLA's options in place of those of `xla_options`
 ) -> tuple[DecodeState, jax.Array, jax.Array]:  # the next tokens, int32 [B, BLOCK]; done, bool [B]
-    options = tuple(sorted((xla_options(params) | dict(xla)).items()))
-    return decode_program(options)(cfg, mesh, n_vocab, params, pairs, requests, state)
-
-
-def xla_options(params: Params) -> dict[str, bool]:
-    """What XLA is told where these weights decode; only for GPUs.
-
-    A plain layer is a slice of its stack. XLA copies it in front of a product of few rows, three
-    times the traffic, unless it may make the slice part of the product.
-    """
-    if packed.is_packed(params) or jax.default_backend() != "gpu":
-        return {}
-    return {"xla_gpu_enable_dynamic_slice_fusion": True}
-
-
-@functools.cache
-def decode_program(options: tuple[tuple[str, bool], ...]):
-    """The jitted program of `decode`, compiled with XLA's options."""
-    return jax.jit(
-        _decode, static_argnums=(0, 1, 2), donate_argnames="state",
-        compiler_options=dict(options) or None,
-    )  # fmt: skip
-
-
-def _decode(
-    cfg: ModelConfig,
-    mesh: Mesh | None,
-    n_vocab: int,
-    params: Params,
-    pairs: Params,
-    requests: Requests,
-    state: DecodeState,
-) -> tuple[DecodeState, jax.Array, jax.Array]:
     def step(carry):
         index, state, block = carry
         # A row that is done stays where it is: its one slot is overwritten, its cache never fills.

@@ -182,7 +182,7 @@ def decode_text(mesh, params) -> str:
         done=jnp.zeros(B, bool),
     )
     args = (CFG, mesh, CFG.vocab_size, params, {}, engine.requests([SAMPLED] * B, B), state)
-    return steps.decode_program(()).lower(*args).compile().as_text()
+    return steps.decode.lower(*args).compile().as_text()
 
 
 def collectives(text: str) -> list[tuple[str, str, int]]:
