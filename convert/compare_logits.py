@@ -20,6 +20,7 @@ from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.params import ParamSpec, param_table
+from qwen_jax.positions import Place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,20 +49,17 @@ def streamed_logits(
     specs = {spec.path: spec for spec in param_table(cfg)}
     dtype = source.dtype(specs[("wte",)], 0)
     T = len(ids)
-    positions = jnp.arange(T, dtype=jnp.int32)[None]
-    lengths = jnp.array([T], jnp.int32)
-    angles = decoder.rope_angles(cfg, positions, decoder.ntk_row(cfg, lengths))
-    logn = decoder.logn_scale(cfg, positions) if cfg.use_logn_attn else None
+    place = Place.of(cfg, jnp.zeros((1,), jnp.int32), T, jnp.array([T], jnp.int32))
 
     def attend(q, k, v):
-        return attention(q, k, v, q_index=positions, causal_square=True), None
+        return attention(q, k, v, q_index=place.positions, causal_square=True), None
 
     x = jnp.asarray(_rows_of(source, specs[("wte",)], ids).astype(dtype))[None]  # [1, T, D]
     pairs = decoder.lora_layers(lora, dtype)
     for layer in range(cfg.num_layers):
         weights = _Layer(lambda spec, layer=layer: _whole(source, spec, layer, dtype), specs)
         low = jax.tree.map(lambda stack, layer=layer: stack[layer], pairs)
-        x, _ = decoder.decoder_layer(cfg, x, weights, low, angles, logn, attend)
+        x, _ = decoder.decoder_layer(cfg, x, weights, low, place.angles, place.logn, attend)
     x = decoder.rms_norm(x, jnp.asarray(_whole(source, specs[("ln_f",)], 0, dtype)), cfg.norm_eps)
     logits = np.empty((T, cfg.vocab_size), np.float32)
     row = 0

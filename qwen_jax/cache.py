@@ -28,7 +28,7 @@ class KVCache:
     k: jax.Array  # [L, B, S, N, H]
     v: jax.Array  # [L, B, S, N, H]
     lengths: jax.Array  # int32 [B]: filled slots, the position of the next token
-    ntk: jax.Array  # int32 [B]: row of the rope table, fixed at prefill (see model.rope_table)
+    ntk: jax.Array  # int32 [B]: row of the rope table, fixed at prefill (see positions.rope_table)
     k_scale: jax.Array | None = None  # bfloat16 [L, B, S, N] if k and v are int8
     v_scale: jax.Array | None = None
 

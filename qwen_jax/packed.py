@@ -26,7 +26,7 @@ from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import MAX_ROWS, decode_matmul, decode_parts
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.kernels.residual_norm import residual_norm
-from qwen_jax.model import Params, Place, embed, rms_norm, rope
+from qwen_jax.model import Params, embed, rms_norm
 from qwen_jax.packed_params import (
     check_mesh,
     head_layout,
@@ -36,6 +36,7 @@ from qwen_jax.packed_params import (
     packable,
     pays,
 )
+from qwen_jax.positions import Place, rope
 from qwen_jax.sharding import batch_spec
 
 __all__ = [

@@ -21,6 +21,7 @@ ORDER = [
     "adapters",
     "memory",
     "cache",
+    "positions",
     "packed_params",
     "model",
     "packed",

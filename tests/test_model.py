@@ -18,6 +18,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from qwen_jax import model
 from qwen_jax.cache import init_cache
 from qwen_jax.errors import InputError
+from qwen_jax.positions import rope, rope_angles
 
 T = 500
 # Odd head counts, a head size that is no power of two, a wide and a narrow FFN.
@@ -58,7 +59,7 @@ def test_rope_matches_torch(base):
     cfg = tiny_config(rope_base=base)
     x = np.random.default_rng(0).standard_normal((1, T, 4, 16)).astype(np.float32)
     positions = jnp.arange(T)[None]
-    ours = model.rope(jnp.asarray(x), *model.rope_angles(cfg, positions, jnp.zeros(1, jnp.int32)))
+    ours = rope(jnp.asarray(x), *rope_angles(cfg, positions, jnp.zeros(1, jnp.int32)))
     theirs = TorchQwen(cfg, {}).rotate(torch.tensor(x[0]), alpha=1.0)
     # cos and sin of angles up to 500 rad: a float32 angle is good to 500 * 6e-8 = 3e-5 relative to
     # the turn, but both sides round the same product, so only the functions' last bits differ.

@@ -95,7 +95,7 @@ def prepare(args: Args, sizes: dict[str, int]) -> None:
     )
     print(f"dataset {args.dataset}: {dataset.summary()}")
     if args.compute == "fp8":
-        print("compute fp8: faster and coarser; shown to train as well over 200 steps only (docs/benchmarks.md)")
+        print("compute fp8: faster and coarser; how it was tried stands in docs/benchmarks.md")
     plan = Plan.make(args, model, sizes, len(dataset.examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
     say_replicated(model, sizes)
