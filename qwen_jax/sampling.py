@@ -311,7 +311,7 @@ def _largest(order: jax.Array, measure, holds) -> jax.Array:  # uint32 [B, V] ->
         good = holds(measure(order[:, None] < thresholds[:, :, None]))
         return found | (jnp.sum(good, axis=1, dtype=jnp.uint32) << shift)
 
-    return lax.fori_loop(0, 32 // _DIGIT, one, jnp.zeros_like(order[:, 0]), unroll=True)
+    return lax.fori_loop(0, 32 // _DIGIT, one, jnp.zeros_like(order[:, 0]))
 
 
 def _first_kept(
