@@ -78,6 +78,7 @@ def load(
                 "int8_head is for weights that are packed for Hopper cards (int4, nf4 or int8, "
                 "computing in bfloat16, without an adapter), and these are not; leave it out"
             )
+        packed.check_packing(planned, int8_head=True, mesh=device_mesh)
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)
     if packed.pays(params, lora, device_mesh):
         params = packed.pack_params(params, consume=True, int8_head=int8_head, mesh=device_mesh)

@@ -29,6 +29,7 @@ from qwen_jax.kernels.residual_norm import residual_norm
 from qwen_jax.model import Params, embed, rms_norm
 from qwen_jax.packed_params import (
     check_mesh,
+    check_packing,
     head_layout,
     is_packed,
     layer_layout,
@@ -40,7 +41,8 @@ from qwen_jax.positions import Place, rope
 from qwen_jax.sharding import batch_spec
 
 __all__ = [
-    "check_mesh", "forward", "is_packed", "logits", "pack_params", "packable", "pays", "unembed",
+    "check_mesh", "check_packing", "forward", "is_packed", "logits", "pack_params", "packable",
+    "pays", "unembed",
 ]  # fmt: skip
 
 # Up to this many new tokens a row read the cache with the decode kernel, one query after another.

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from qwen_jax.cache import key_units
 from qwen_jax.config import ModelConfig
@@ -30,7 +30,7 @@ from qwen_jax.kernels.packing import (
     pack_slices,
     slice_layout,
 )
-from qwen_jax.memory import device_limit
+from qwen_jax.memory import GB, device_limit
 from qwen_jax.params import HEAD_AXES, tree_bytes
 from qwen_jax.quant import QTensor, QuantFormat, quantize
 from qwen_jax.sharding import check_tensor_axis, partition_spec, tensor_size
@@ -44,9 +44,11 @@ _HEAD = QuantFormat.named("int8")
 CUT = {"wqkv": -3, "wo": -1, "up_gate": -2, "down": -1, "lm_head": -2}
 # FFN columns are padded to whole blocks of this on each device: whole groups of every format.
 _FFN_BLOCK = 128
+# Rows of a packed weight, those of the head tokens, come in blocks of so many (see can_pack).
+_HEAD_BLOCK = 16
 
 
-def packable(params: Params, mesh: Mesh | None = None) -> bool:
+def packable(params: Params, mesh: Mesh | AbstractMesh | None = None) -> bool:
     """Whether these weights have a format, and widths for this mesh, that `pack_params` takes."""
     blocks = (params["layers"]["attn"], params["layers"]["mlp"])
     weights = [w for block in blocks for w in block.values() if isinstance(w, QTensor)]
@@ -62,13 +64,36 @@ def pays(params: Params, lora: Any, mesh: Mesh | None) -> bool:
     """
     if lora is not None or not on_hopper(params["wte"].dtype) or not packable(params):
         return False
-    fits = packable(params, mesh)
-    if fits and mesh is not None and mesh.shape["fsdp"] > 1:
-        replicated = tree_bytes(params["layers"]) / tensor_size(mesh)
-        fits = replicated < device_limit(jax.local_devices()[0]) / 2
-    if not fits:
-        _log.warning("weights stay as they are, slower: this mesh has no layout for packed ones")
-    return fits
+    if obstacle := _obstacle(params, mesh):
+        _log.warning("weights stay as they are, slower: %s", obstacle)
+    return obstacle is None
+
+
+def room_for_whole(layers: Params, mesh: Mesh | AbstractMesh, limit: int) -> bool:
+    """Whether layers that are whole over fsdp leave half of a device of `limit` bytes free.
+
+    Never where the limit is unknown (0).
+    """
+    return tree_bytes(layers) / tensor_size(mesh) < limit / 2
+
+
+def _obstacle(params: Params, mesh: Mesh | None) -> str | None:
+    """Why packable weights cannot be packed on this mesh; None if they can."""
+    if mesh is None:
+        return None
+    if not packable(params, mesh):
+        have = " and ".join(f"{count} {name}" for name, count in _units(params).items())
+        return f"tensor={tensor_size(mesh)} does not divide {have}, which packed ones need"
+    limit = device_limit(jax.local_devices()[0])
+    if mesh.shape["fsdp"] == 1 or room_for_whole(params["layers"], mesh, limit):
+        return None
+    if not limit:
+        return "packed ones are whole over fsdp, and the memory of a device is unknown"
+    share = tree_bytes(params["layers"]) / tensor_size(mesh)
+    return (
+        f"packed ones are whole over fsdp, {share / GB:.1f} GB and more than half of a device's "
+        f"{limit / GB:.1f}; give more of the mesh to tensor"
+    )
 
 
 def is_packed(params: Params) -> bool:
@@ -86,6 +111,21 @@ def check_mesh(cfg: ModelConfig, params: Params, mesh: Mesh | None) -> None:
         )
 
 
+def check_packing(params: Params, *, int8_head: bool, mesh: Mesh | None) -> None:
+    """InputError unless the tensor axis divides heads and groups, and 16 the tokens of the head.
+
+    `params` may be abstract: this can be asked before any weight is read.
+    """
+    tokens = params["lm_head"].shape[0]
+    if int8_head and tokens % _HEAD_BLOCK:
+        raise InputError(
+            f"int8_head packs blocks of {_HEAD_BLOCK} tokens, and the vocabulary of this model has "
+            f"{tokens}, no multiple of it; leave it out"
+        )
+    if tensor_size(mesh) > 1:
+        check_tensor_axis(dict(mesh.shape), _units(params, int8_head))
+
+
 def pack_params(
     params: Params, *, consume: bool = False, int8_head: bool = False, mesh: Mesh | None = None
 ) -> Params:
@@ -95,11 +135,9 @@ def pack_params(
     its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
     half of the bytes that it costs a step, for a change of the logits. What `cache.key_units` takes
     off the keys and gives to the queries, so that an int8 cache holds them well, goes into their
-    weight and bias here, once. Raises InputError if the tensor axis does not divide heads and
-    groups.
+    weight and bias here, once. Raises InputError as `check_packing` does.
     """
-    if tensor_size(mesh) > 1:
-        check_tensor_axis(dict(mesh.shape), _units(params, int8_head))
+    check_packing(params, int8_head=int8_head, mesh=mesh)
     layers, one = params["layers"], functools.partial(_pack, mesh=mesh, consume=consume)
     attn, mlp = layers["attn"], layers["mlp"]
     unit = key_units(attn["bqkv"][:, 1])  # [L, N, H]
@@ -148,7 +186,9 @@ def _units(params: Params, int8_head: bool = False) -> dict[str, int]:
     wqkv, wo = params["layers"]["attn"]["wqkv"], params["layers"]["attn"]["wo"]
     group = GROUPS[wo.kind] or 8
     units = {"heads": wqkv.shape[-3], f"groups of {group} inputs": wo.in_size // group}
-    return units | ({"blocks of 16 tokens": params["lm_head"].shape[0] // 16} if int8_head else {})
+    if int8_head:
+        units[f"blocks of {_HEAD_BLOCK} tokens"] = params["lm_head"].shape[0] // _HEAD_BLOCK
+    return units
 
 
 def layer_layout(layers: Params) -> Params:

@@ -2,8 +2,7 @@
 
 All of it is decided here and not by the user's environment, except that a variable which the user
 did set wins. XLA's flags stay as they are: none that was tried made a training step faster
-(docs/benchmarks.md); the decode program of plain weights has its own (steps.py). It
-knows nothing of models.
+(docs/benchmarks.md). It knows nothing of models.
 """
 
 import importlib.util

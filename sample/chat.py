@@ -137,10 +137,11 @@ def _warm_up(model: api.Model, params: SamplingParams) -> None:
 def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
-    if args.plan:
-        print_plan(args, planned_manifest(args.checkpoint), rows=1)
-        return
     check_flags(args)
+    if args.plan:
+        manifest = planned_manifest(args.checkpoint)
+        print_plan(args, manifest, rows=1, adapter=args.adapter is not None)
+        return
     if sys.stdin is None:
         raise InputError("standard input is closed; questions come from a terminal or a pipe")
     model = open_model(args)

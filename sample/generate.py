@@ -25,10 +25,10 @@ from qwen_jax.adapters import ADAPTER_WEIGHTS
 from qwen_jax.cli import parse, run
 from qwen_jax.drafts import MOST_DRAFTS
 from qwen_jax.errors import InputError, UsageError
-from qwen_jax.manifest import DTYPES, planned_manifest
+from qwen_jax.manifest import planned_manifest
 from qwen_jax.sampling import SamplingParams, check_setting
 from sample.answers_file import AnswersFile
-from sample.plan import PlanFlags, print_plan
+from sample.plan import MOST, PlanFlags, check_plan_flags, print_plan
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class LoadFlags(PlanFlags):
     adapter: str | None = None
     """folder of a PEFT LoRA adapter"""
     int8_head: bool = False
-    """output head in int8, for packed weights on one Hopper card: a faster step, other rounding"""
+    """output head in int8, for weights packed for Hopper cards: a faster step, other rounding"""
     system: str = chatml.DEFAULT_SYSTEM
     """system message"""
 
@@ -92,15 +92,17 @@ class Request:
     params: SamplingParams
 
 
-def check_flags(flags: ModelFlags) -> None:
+def check_load_flags(flags: LoadFlags) -> None:
     """UsageError for what no checkpoint could make right, before minutes of loading."""
     for name in ("checkpoint", "adapter"):
         if getattr(flags, name) == "":
             raise UsageError(f"--{name} is empty")
-    if flags.dtype is not None and flags.dtype not in DTYPES:
-        raise UsageError(f"--dtype is {flags.dtype!r}; expected {' or '.join(DTYPES)}")
-    if flags.cache_dtype not in (None, "int8", flags.dtype):
-        raise UsageError(f"--cache_dtype is {flags.cache_dtype!r}; expected int8, or leave it out")
+    check_plan_flags(flags)
+
+
+def check_flags(flags: ModelFlags) -> None:
+    """check_load_flags, and the same of how tokens are drawn."""
+    check_load_flags(flags)
     if not 0 <= flags.drafts <= MOST_DRAFTS:
         raise UsageError(f"--drafts is {flags.drafts}; expected 0 (none) to {MOST_DRAFTS}")
     settings = ("top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
@@ -265,10 +267,10 @@ def answer_rows(
 
 def _check(args: Args) -> None:
     check_flags(args)
-    if (args.prompt is None) == (args.input is None):
+    if not args.plan and (args.prompt is None) == (args.input is None):
         raise UsageError("give either --prompt TEXT or --input FILE.jsonl")
-    if args.batch_size < 1:
-        raise UsageError(f"--batch_size is {args.batch_size}; expected at least 1")
+    if not 1 <= args.batch_size <= MOST:
+        raise UsageError(f"--batch_size is {args.batch_size}; expected 1 to {MOST}")
     if args.drafts and args.input is not None and args.batch_size > 1:
         raise UsageError("--drafts are for one prompt at a time; give --batch_size 1 with --input")
     if args.output is not None:
@@ -280,10 +282,11 @@ def _check(args: Args) -> None:
 def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
-    if args.plan:
-        print_plan(args, planned_manifest(args.checkpoint), rows=args.batch_size)
-        return
     _check(args)
+    if args.plan:
+        manifest = planned_manifest(args.checkpoint)
+        print_plan(args, manifest, rows=args.batch_size, adapter=args.adapter is not None)
+        return
     if args.prompt is None:
         given = read_prompts(pathlib.Path(args.input))
     else:

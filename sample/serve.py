@@ -21,8 +21,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, UsageError
 from qwen_jax.manifest import load_manifest, planned_manifest
 from qwen_jax.slots import Slots
-from sample.generate import LoadFlags, open_model
-from sample.plan import print_plan
+from sample.generate import LoadFlags, check_load_flags, open_model
+from sample.plan import MOST, print_plan
 from sample.scheduler import Scheduler
 
 # What the extra `serve` brings.
@@ -53,9 +53,12 @@ class Args(LoadFlags):
 
 def _check(args: Args) -> None:
     """All that can be refused before minutes of loading."""
+    check_load_flags(args)
     for name, least in (("port", 0), ("max_batch", 1), ("max_waiting", 1), ("grace", 0)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name} is {getattr(args, name)}; expected at least {least}")
+    if args.max_batch > MOST:
+        raise UsageError(f"--max_batch is {args.max_batch}; expected at most {MOST}")
     if args.port > 65535:
         raise UsageError(f"--port is {args.port}; expected at most 65535")
     if args.api_key is not None and not (args.api_key.isascii() and args.api_key.strip()):
@@ -152,10 +155,11 @@ def _serve(args: Args, bound: socket.socket, model: api.Model, context: int) -> 
 def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
-    if args.plan:
-        print_plan(args, planned_manifest(args.checkpoint), rows=args.max_batch)
-        return
     _check(args)
+    if args.plan:
+        manifest = planned_manifest(args.checkpoint)
+        print_plan(args, manifest, rows=args.max_batch, adapter=args.adapter is not None)
+        return
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(

@@ -1,5 +1,7 @@
 """What `import qwen_jax` offers, on bad input."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import qwen_jax
 from convert import hf_to_flax
 from demo.tiny_checkpoint import write_tiny_checkpoint
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import load_manifest
 from qwen_jax.sampling import SamplingParams
 
 
@@ -37,6 +40,16 @@ def test_the_engine_gets_what_load_was_told(checkpoint):
     assert (model.engine.cache_dtype, model.engine.drafts) == (jnp.int8, 3)
     assert len(model.generate([1, 2, 3], SamplingParams(greedy=True, max_new_tokens=4))) == 4
     assert qwen_jax.load(checkpoint).engine.cache_dtype == jnp.bfloat16
+
+
+def test_a_head_that_cannot_be_packed_is_refused_before_loading(checkpoint, monkeypatch):
+    manifest = load_manifest(checkpoint)
+    odd = dataclasses.replace(manifest, config=dataclasses.replace(manifest.config, vocab_size=211))
+    monkeypatch.setattr("qwen_jax.api.load_manifest", lambda path: odd)
+    monkeypatch.setattr("qwen_jax.packed.pays", lambda *_: True)  # as on Hopper cards
+    monkeypatch.setattr("qwen_jax.api.load_params", None)
+    with pytest.raises(InputError, match=r"blocks of 16 tokens, and the vocabulary .* has 211"):
+        qwen_jax.load(checkpoint, int8_head=True)
 
 
 @pytest.mark.parametrize(

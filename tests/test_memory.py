@@ -197,6 +197,27 @@ def test_the_plan_of_generation_counts_what_the_cache_and_a_chunk_take():
     assert more == 2 * 32768 * (2 * 64 * 128 + 2048) * 2
 
 
+def test_the_plan_of_generation_counts_packed_layers_whole_where_there_is_room():
+    manifest = Manifest(
+        config=config_72b(), dtype="bfloat16", quantization=QuantFormat.named("int4"),
+        fingerprint="", checksums={},
+    )  # fmt: skip
+    sizes, card = ONE | {"fsdp": 2, "tensor": 2}, int(80e9)
+
+    def codes(sizes=sizes, limit=card, **more):
+        items = budget(manifest, sizes, 2, 2048, None, limit, **more).items
+        return {name: size for name, size in items.items() if "codes" in name}
+
+    half = codes(ONE)["linear layers, int4 codes"] // 2
+    assert codes() == {"linear layers, int4 codes, packed: whole over fsdp": half}
+    split = {"linear layers, int4 codes": half // 2}
+    # Half of 30 GB is less than the layers' 18; an unknown card promises nothing; adapters need
+    # plain weights, and the kernels bfloat16.
+    assert codes(limit=int(30e9)) == codes(limit=0) == codes(adapter=True) == split
+    float32 = budget(manifest, sizes, 2, 2048, "float32", card).items
+    assert float32["linear layers, int4 codes"] == half // 2
+
+
 def test_a_plain_base_that_cannot_be_quantized_in_memory_is_refused():
     manifest = Manifest(
         config=config_72b(), dtype="bfloat16", quantization=None, fingerprint="", checksums={}

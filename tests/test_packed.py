@@ -153,6 +153,14 @@ def test_channels_that_only_their_bias_makes_large_do_not_spoil_an_int8_cache():
     np.testing.assert_allclose(exact, truth, rtol=1e-4, atol=1e-4)
 
 
+def test_biases_whose_squares_overflow_have_units():
+    bias = jnp.zeros((2, 64)).at[0, 5].set(1e20).at[1, 37].set(-1e30)
+    unit = key_units(bias)
+    assert jnp.isfinite(unit).all() and jnp.isfinite(1 / unit).all()
+    want = [2.0 ** round(np.log2(1e20 / 2)), 2.0 ** round(np.log2(1e30 / 2))]
+    np.testing.assert_array_equal([unit[0, 5], unit[1, 37]], want)
+
+
 def test_logits_of_whole_sequences():
     params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)

@@ -251,3 +251,22 @@ def test_what_does_not_divide_is_refused():
     _, params = packed_on("data=2,fsdp=2,tensor=2", "int4")
     with pytest.raises(InputError, match="packed for tensor=2, the mesh has tensor=4"):
         Engine(CFG, params, mesh=mesh_of("tensor=4"))
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "reason"),
+    [
+        ("tensor=8", 10**9, "tensor=8 does not divide 8 heads and 4 groups of 128 inputs"),
+        ("fsdp=2", 0, "whole over fsdp, and the memory of a device is unknown"),
+        ("fsdp=2", 10**5, "more than half of a device's"),
+        ("fsdp=2,tensor=2", 10**9, None),
+        ("data=2,tensor=2", 0, None),
+    ],
+)
+def test_why_weights_are_not_packed_is_said_once(text, limit, reason, monkeypatch, caplog):
+    monkeypatch.setattr("qwen_jax.packed_params.on_hopper", lambda dtype: True)
+    monkeypatch.setattr("qwen_jax.packed_params.device_limit", lambda device: limit)
+    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("int4"))
+    assert packed.pays(params, None, mesh_of(text)) == (reason is None)
+    assert len(caplog.messages) == (reason is not None)
+    assert reason is None or reason in caplog.text

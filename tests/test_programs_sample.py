@@ -114,7 +114,13 @@ def test_generate_refuses(home, flags, message, capsys):
     "flags, code, message",
     [
         (["--cache_dtype", "int4"], 2, "expected int8"),
-        (["--cache_dtype", "int4", "--plan"], 1, "expected int8"),
+        (["--cache_dtype", "int4", "--plan"], 2, "expected int8"),
+        (["--dtype", "foo", "--plan"], 2, "expected bfloat16 or float32"),
+        (["--dtype", "int8", "--plan"], 2, "expected bfloat16 or float32"),
+        (["--plan_tokens", "-5", "--plan"], 2, "--plan_tokens is -5; expected 1 to"),
+        (["--device_memory", "-1", "--plan"], 2, "--device_memory is -1.0; expected GB, more than"),
+        (["--device_memory", "nan", "--plan"], 2, "--device_memory is nan"),
+        (["--drafts", "99", "--plan"], 2, "--drafts is 99"),
         (["--drafts", "16"], 2, "--drafts is 16; expected 0 (none) to 15"),
         (["--int8_head"], 1, "packed for Hopper cards"),
     ],
@@ -127,8 +133,18 @@ def test_settings_of_memory_and_speed_that_do_not_fit(home, name, flags, code, m
         argv += ["--port", "0"]
         if flags[0] == "--drafts":
             message = "--drafts"  # rows of a running batch have none
-        code = 2 if flags[0] == "--drafts" else 1
     assert message in stopped(capsys, name, argv, code)
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+@pytest.mark.parametrize("count", [0, -1, 10**30])
+@pytest.mark.parametrize(
+    "name, flag", [("sample.generate", "--batch_size"), ("sample.serve", "--max_batch")]
+)
+def test_rows_that_no_machine_can_run(home, name, flag, count, plan, capsys):
+    argv = ["--checkpoint", home / "ckpt", flag, count, *plan]
+    argv += ["--prompt", "a"] if name == "sample.generate" else []
+    assert f"{flag} is {count}; expected" in stopped(capsys, name, argv, code=2)
 
 
 def test_drafts_are_for_one_prompt_at_a_time(home, capsys):

@@ -6,9 +6,16 @@ import pytest
 
 from benchmarks import scaling, scaling_model
 from benchmarks.collectives import Collective
+from qwen_jax.errors import UsageError
 from qwen_jax.sharding import parse_mesh
 
 ONE = {"tokens": 2048, "seconds": 1.0, "devices": 1, "computed": 10.0, "losses": [12.0, 11.5]}
+
+
+@pytest.mark.parametrize("flag", ["rows", "seq", "steps"])
+def test_nothing_to_time_is_refused(flag):
+    with pytest.raises(UsageError, match=f"--{flag} is 0; expected at least 1"):
+        scaling.main([f"--{flag}", "0", "--toy"])
 
 
 def test_exposed_is_what_a_device_takes_beyond_its_share_of_the_work():
