@@ -61,7 +61,7 @@ class Args:
     against_one: bool = False  # the same on one device of the mesh too, and the ratio
     share: int = 1  # heads, FFN columns and vocabulary divided by so many, on one device
     layers: int | None = None  # default: as many as the config has
-    batch: tuple[str, ...] = ("1",)  # rows, and ":int8" for an int8 cache; one line for each
+    batch: tuple[str, ...] = ("1",)  # rows such as 1 4 or 1,4; ":int8" for an int8 cache
     context: int = 1024  # tokens already in the cache
     greedy: bool = False  # the likeliest token instead of top-p 0.8 and penalty 1.1
     int8_head: bool = False  # the output head in int8
@@ -287,6 +287,8 @@ def configured(args: Args) -> ModelConfig:
 
 def main(argv=None):
     args = parse(Args, argv)
+    batches = tuple(name for text in args.batch for name in text.split(","))
+    args = dataclasses.replace(args, batch=batches)
     if args.peer:
         batches = [name for name in args.batch if ":" not in name]
         command = [sys.executable, "-m", "benchmarks.decode_peer", "--batch", *batches]

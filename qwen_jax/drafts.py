@@ -3,9 +3,10 @@
 The last three tokens are looked for earlier in the text; what followed them there is the draft. One
 pass of the model then checks it: each position draws its own token, with the key of its own step,
 as it would have without a draft, and the draft counts as far as the drawn tokens agree with it. The
-answer is therefore that of decoding token by token, for greedy and for drawn tokens alike; a wrong
-draft costs time only, and after wrong drafts a row waits before it tries again, twice as long each
-time. Pure functions on arrays; they know no model.
+answer is therefore that of decoding token by token, for greedy and for drawn tokens alike. (But for
+rounding: in bfloat16 a pass over several tokens may decide a close call otherwise.) A wrong draft
+costs time only, and after wrong drafts a row waits before it tries again, twice as long each time.
+Pure functions on arrays; they know no model.
 """
 
 import jax

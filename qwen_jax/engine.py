@@ -47,7 +47,7 @@ class Engine:
     stop_ids  ids that end an answer; they are not part of it
     cache_dtype  of keys and values: int8 halves their memory; default that of the embedding
     drafts    tokens guessed ahead from the text so far where one prompt is alone (drafts.py); the
-              answer is the same, sooner where the text repeats itself
+              answer is the same up to rounding, sooner where the text repeats itself
     prefill_tokens  a prompt, or a batch of them, with more tokens is read in chunks
     """
 

@@ -64,6 +64,10 @@ def joined(
         raise _lost_peer(error) or error from None
 
 
+class Alone(InputError):
+    """A failure of one process inside an exchange, where it cannot tell the others: it must end."""
+
+
 def part() -> None:
     """The farewell: waits until all processes are here, then each is on its own again."""
     if several():
@@ -90,12 +94,6 @@ def several() -> bool:
 def first() -> bool:
     """Whether this is process 0: the one that prints and writes."""
     return jax.process_index() == 0
-
-
-def meet(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def by_first(name: str, act: Callable[[], None]) -> None:
@@ -235,14 +233,16 @@ def _silent(wanted: bool) -> Iterator[None]:
 
 def _lost_peer(error: Exception) -> InputError | None:
     """What a collective says when another process is gone, as one line; None for anything else."""
-    if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+    if isinstance(error, InputError) or not isinstance(
+        error, jax.errors.JaxRuntimeError | ValueError
+    ):
         return None
     text = str(error)
     if not any(word in text.lower() for word in _LOST) or "RESOURCE_EXHAUSTED" in text:
         return None
     return InputError(
-        f"another process is gone or cannot be reached ({_short(error)}); its own output says why. "
-        "Start all of them again: they go on from the last checkpoint"
+        f"an exchange with the other processes failed ({_short(error)}); if one of them is gone, "
+        "its own output says why. Start all of them again: they go on from the last checkpoint"
     )
 
 

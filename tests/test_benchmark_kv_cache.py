@@ -8,7 +8,7 @@ from qwen_jax import model
 
 
 def test_toy(capsys):
-    benchmark.main(["--toy", "--tokens", "40", "--chunk", "16", "--greedy_tokens", "4"])
+    benchmark.main(["--toy", "--tokens", "32", "--chunk", "16", "--greedy_tokens", "4"])
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()

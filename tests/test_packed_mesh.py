@@ -81,7 +81,7 @@ def test_each_device_packs_its_own_slice(kind, dim):
     [
         ("int4", "data=2,fsdp=2,tensor=2", jnp.bfloat16),
         ("nf4", "tensor=4", jnp.int8),
-        ("int8", "tensor=2", jnp.float32),
+        pytest.param("int8", "tensor=2", jnp.float32, marks=pytest.mark.slow),
         pytest.param("int4", "tensor=4", jnp.float32, marks=pytest.mark.slow),
         pytest.param("int4", "data=2,tensor=2", jnp.int8, marks=pytest.mark.slow),
         pytest.param("nf4", "data=2,fsdp=2,tensor=2", jnp.bfloat16, marks=pytest.mark.slow),

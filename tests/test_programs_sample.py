@@ -152,6 +152,7 @@ def test_drafts_are_for_one_prompt_at_a_time(home, capsys):
     assert "--batch_size 1" in stopped(capsys, "sample.generate", argv, code=2)
 
 
+@pytest.mark.slow  # three programs to compile; the parts are tested in test_drafts and test_prefill
 def test_an_int8_cache_and_drafts_answer(home, capsys):
     """The text of a random model says nothing; with the drafts it must be the same text."""
     argv = ["--checkpoint", str(home / "ckpt"), "--prompt", "a a a a a a", "--greedy"]

@@ -150,10 +150,9 @@ def trained(mesh_text):
     "mesh_text",
     [
         "data=2,fsdp=4",
-        "tensor=8",
         *(
             pytest.param(mesh, marks=pytest.mark.slow)
-            for mesh in ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2")
+            for mesh in ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
         ),
     ],
 )

@@ -10,6 +10,7 @@ arithmetic on the step, and everything else that changes is in the state.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -72,9 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare(args, sizes)
 
 
+# Flags that may differ from process to process.
+_OWN = ("process_id", "local_devices", "model_name_or_path", "dataset_dir")
+
+
 def prepare(args: Args, sizes: dict[str, int]) -> None:
     """Everything before the weights; then the run."""
     mesh = make_mesh(sizes)  # first: it may have to ask for virtual devices
+    shared = {k: v for k, v in dataclasses.asdict(args).items() if k not in _OWN}
+    processes.check_same("the flags", shared)
     resume_from = find_start(args)
 
     manifest = load_manifest(args.model_name_or_path)
@@ -254,11 +261,14 @@ def save_due(args: Args, plan: Plan, done: int) -> bool:
 
 @contextlib.contextmanager
 def going_on(report: Report, unless: bool) -> Iterator[None]:
-    """A checkpoint that cannot be written, say on a full disk, is no reason to lose the run."""
+    """A checkpoint that cannot be written, say on a full disk, is no reason to lose the run.
+
+    Unless it fails in one of several processes: then the others cannot know.
+    """
     try:
         yield
     except InputError as error:
-        if unless:
+        if unless or isinstance(error, processes.Alone):
             raise
         report.say(f"warning: not saved, training goes on: {error}")
 

@@ -137,7 +137,10 @@ def save_checkpoint(
     processes.by_first("beginning a checkpoint", begin)
     try:
         for part in (save_state, finish):
-            processes.together(f"writing {target.name}", _failure(part, target))
+            failure = _failure(part, target)
+            if failure is not None and processes.several():
+                raise processes.Alone(str(failure))  # the others wait inside the same part
+            processes.together(f"writing {target.name}", failure)
     finally:
         if processes.first():
             shutil.rmtree(staging, ignore_errors=True)
