@@ -40,13 +40,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_two(argv, *own):
+def start_two(argv, *own, programs=(["-m", "train.lora"],) * 2):
     """Both processes of a run; own[i] are flags of process i alone."""
     address = f"localhost:{free_port()}"
     joining = ["--coordinator", address, "--num_processes", "2", "--process_id"]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "train.lora", *argv, *joining, str(i), *(own[i] if own else ())],
+            [sys.executable, *programs[i], *argv, *joining, str(i), *(own[i] if own else ())],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -131,6 +131,31 @@ def test_a_dead_peer_is_one_line(home, tmp_path):
     (code, _, err), _ = ended(two)
     assert code == 1 and "exchange with the other processes failed" in err, err
     assert "Traceback" not in err, err
+
+
+# What process 1 runs instead of the module: its disk is full.
+FULL = """
+import sys
+import orbax.checkpoint as ocp
+from qwen_jax.cli import run
+from train import lora
+
+def save(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+ocp.StandardCheckpointer.save = save
+run(lambda: lora.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_cannot_write_ends_both(home, tmp_path):
+    argv = flags(home, tmp_path / "out", "--max_steps", "50", "--save_steps", "2")
+    both = ended(start_two(argv, programs=(["-m", "train.lora"], ["-c", FULL])))
+    for code, _, err in both:
+        assert code == 1 and "Traceback" not in err, err
+    assert "No space left on device" in both[1][2]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 @pytest.mark.slow
