@@ -2,11 +2,13 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import kv_cache as benchmark
 from qwen_jax import model
 
 
+@pytest.mark.slow  # a program for each cache and head
 def test_toy(capsys):
     benchmark.main(["--toy", "--tokens", "32", "--chunk", "16", "--greedy_tokens", "4"])
     rows = [

@@ -80,7 +80,7 @@ def test_each_device_packs_its_own_slice(kind, dim):
     ("kind", "text", "cache_dtype"),
     [
         ("int4", "data=2,fsdp=2,tensor=2", jnp.bfloat16),
-        ("nf4", "tensor=4", jnp.int8),
+        pytest.param("nf4", "tensor=4", jnp.int8, marks=pytest.mark.slow),
         pytest.param("int8", "tensor=2", jnp.float32, marks=pytest.mark.slow),
         pytest.param("int4", "tensor=4", jnp.float32, marks=pytest.mark.slow),
         pytest.param("int4", "data=2,tensor=2", jnp.int8, marks=pytest.mark.slow),

@@ -88,6 +88,7 @@ def test_packed_weights_in_chunks():
         np.testing.assert_allclose(got, want, atol=atol)
 
 
+@pytest.mark.slow  # six programs to compile
 def test_the_engine_and_its_slots_chunk_long_prompts(weights):
     params = to_params(CFG, weights)
     prompts = [TOKENS[row, :n].tolist() for row, n in enumerate(COUNTS)]

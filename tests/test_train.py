@@ -157,7 +157,7 @@ def test_lora_gradients_match_torch(remat):
         assert_trees_close(grads.weights["layers"][part][name], pair, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fmt", ["none", "nf4"])
+@pytest.mark.parametrize("fmt", [pytest.param("none", marks=pytest.mark.slow), "nf4"])
 def test_eight_devices_equal_one(fmt):
     cfg = tiny_config(
         hidden_size=128, ffn_size=256, num_heads=4, head_dim=32, vocab_size=216, num_layers=2
