@@ -53,10 +53,13 @@ class Collective:
         return self.times * self.size * factor.get(self.kind, share)
 
 
-def collectives(text: str) -> list[Collective]:
-    """All collective operations of a compiled program, `compiled.as_text()`."""
+def collectives(text: str, unknown: int | None = None) -> list[Collective]:
+    """All collective operations of a compiled program, `compiled.as_text()`.
+
+    A loop that ends by a condition counts `unknown` times; by default it is refused (ValueError).
+    """
     bodies, entry = _computations(text)
-    times = _times(bodies, entry)
+    times = _times(bodies, entry, unknown)
     found = []
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
@@ -155,7 +158,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]:
+def _times(
+    bodies: dict[str, list[str]], entry: str, unknown: int | None
+) -> collections.Counter[str]:
     """How often each computation runs: loops multiply, what is called twice adds up."""
     times: collections.Counter[str] = collections.Counter()
 
@@ -166,9 +171,9 @@ def _times(bodies: dict[str, list[str]], entry: str) -> collections.Counter[str]
                 trips = 1
                 if " while(" in line:
                     match = _TRIPS.search(line)
-                    if match is None:
+                    trips = int(match[1]) if match else unknown
+                    if trips is None:
                         raise ValueError(f"a loop of unknown length: {line.strip()[:200]}")
-                    trips = int(match[1])
                 run(called, count * trips)
 
     run(entry, 1)

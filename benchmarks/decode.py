@@ -15,13 +15,11 @@ the same process; GB/s are of one device.
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +36,9 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import PREFILL_TOKENS, padded_rows
 from qwen_jax.errors import UsageError
 from qwen_jax.files import read_json_object
+from qwen_jax.memory import device_bytes
 from qwen_jax.params import init_params
-from qwen_jax.prefill import fill
+from qwen_jax.prefill import fill, forward
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
 from qwen_jax.sharding import make_mesh
@@ -69,7 +68,6 @@ class Args:
     verify: int = 0  # also time one pass over so many tokens after the context, as for drafts
     prefill: int = 0  # also time a prompt of so many tokens
     prefill_chunk: int = PREFILL_TOKENS  # of them at once
-    check: bool = False  # first compare one layer with its reference
     peer: bool = False  # first run benchmarks.decode_peer, for the batches without int8
     toy: bool = False  # a tiny model, for a machine without a GPU
     profile: bool = False  # print the longest kernels of a dispatch
@@ -108,42 +106,6 @@ def bandwidth() -> float:
         jax.block_until_ready(total(data))
         times.append(time.perf_counter() - began)
     return data.nbytes / float(np.median(times))
-
-
-def check(cfg: ModelConfig) -> None:
-    """One step through one layer: every kernel by name against the references."""
-    cfg = dataclasses.replace(cfg, num_layers=1)
-    params = random_params(cfg, "int4", None)
-    tokens = jnp.arange(3, dtype=jnp.int32)[:, None]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def step(implementation, params, cache):  # the weights as arguments, not as constants
-        return packed.forward(cfg, params, tokens, cache, implementation=implementation)
-
-    for dtype in (jnp.bfloat16, jnp.int8):
-        cache = filled_cache(cfg, 3, 128, 77, dtype)
-        cache = cache.replace(lengths=jnp.array([0, 77, 128], jnp.int32))
-        want, reference = step("xla", params, cache)
-        for name in (None, "mosaic"):
-            try:
-                got, written = step(name, params, cache)
-            except Exception as e:
-                print(f"{name}: {type(e).__name__}: {str(e)[:300]}", flush=True)
-                continue
-            diff, size = (jnp.linalg.norm(x.astype(jnp.float32)) for x in (got - want, want))
-            new = 2 * 2 * cfg.attention_size  # two of three rows have room
-            pairs = ((written.k, reference.k), (written.v, reference.v))
-            wrong = sum(float(jnp.sum(a != b)) for a, b in pairs) / new
-            print(f"{jnp.dtype(dtype)} cache, {name or 'automatic choice'}: relative error "
-                  f"{float(diff / size):.1e}, {wrong:.1%} of new keys and values differ",
-                  flush=True)  # fmt: skip
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of these arrays."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 def measure(
@@ -251,7 +213,7 @@ def verify_seconds(
     def several(params, cache):
         def one(_, carry):
             cache, total = carry
-            hidden, new = steps.forward(cfg, mesh, params, None, ids, cache, counts, fresh=False)
+            hidden, new = forward(cfg, mesh, params, None, ids, cache, counts, fresh=False)
             total = total + packed.unembed(params, hidden, mesh).max()
             return new.replace(lengths=cache.lengths), total
 
@@ -302,8 +264,6 @@ def main(argv=None):
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     rate = bandwidth()
     print(f"row sums read {rate / 1e12:.2f} TB/s", flush=True)
-    if args.check and not args.toy:
-        check(cfg)
     params = make_params(cfg, args, mesh)
     speeds = [print_row(cfg, args, params, name, rate, mesh) for name in args.batch]
     for tokens in (1, args.verify) if args.verify else ():

@@ -20,9 +20,11 @@ take from computing ones, hosts that wait for each other.
 import dataclasses
 import math
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from benchmarks.collectives import Collective, collectives
 from benchmarks.train import CONFIGS
@@ -37,6 +39,7 @@ from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train.step import (
     Compute,
+    TrainState,
     abstract_state,
     batch_sharding,
     compile_step,
@@ -112,23 +115,38 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(args, cfg, text, mesh, estimate(args, mesh, found)), flush=True)
 
 
-def counted(args: Args, cfg: ModelConfig, sizes: dict[str, int]) -> list[Collective]:
-    """The collectives of a step, compiled in float32 for a mesh of virtual devices."""
-    mesh, dtype = make_mesh(sizes), jnp.float32
-    params = abstract_params(cfg, dtype, QuantFormat.named(args.base), mesh)
+def abstract_step(
+    cfg: ModelConfig,
+    base: str,
+    lora_cfg: LoraConfig,
+    remat: str,
+    mesh: Mesh,
+    rows: int,
+    length: int,
+) -> tuple[Callable, TrainState, dict, dict]:
+    """The step over `rows` sequences in float32, and what it takes: state, params, batch."""
+    params = abstract_params(cfg, jnp.float32, QuantFormat.named(base), mesh)
     schedule = make_schedule("constant", 1e-4, 100)
     optimizer = make_optimizer(schedule)
-    lora_cfg = LoraConfig(rank=args.lora_rank, alpha=2 * args.lora_rank)
     state = abstract_state(optimizer, abstract_lora(cfg, lora_cfg, mesh=mesh), mesh)
-    compute = Compute(remat=Remat.parse(args.remat, cfg.num_layers), mesh=mesh)
+    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
     step = compile_step(cfg, optimizer, schedule, state, params, compute)
-    shape = (1, sizes["data"] * sizes["fsdp"], args.seq)
-    layout = batch_sharding(mesh)
+    shape, layout = (1, rows, length), batch_sharding(mesh)
     batch = {
         "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout),
         "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=layout),
     }
-    return collectives(step.lower(state, params, batch).compile().as_text())
+    return step, state, params, batch
+
+
+def counted(args: Args, cfg: ModelConfig, sizes: dict[str, int]) -> list[Collective]:
+    """The collectives of a step, compiled for a mesh of virtual devices."""
+    lora_cfg = LoraConfig(rank=args.lora_rank, alpha=2 * args.lora_rank)
+    rows = sizes["data"] * sizes["fsdp"]
+    step, *arguments = abstract_step(
+        cfg, args.base, lora_cfg, args.remat, make_mesh(sizes), rows, args.seq
+    )
+    return collectives(step.lower(*arguments).compile().as_text())
 
 
 def estimate(args: Args, sizes: dict[str, int], found: list[Collective]) -> Estimate:

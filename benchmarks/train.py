@@ -30,7 +30,7 @@ from qwen_jax.adapters import LoraConfig, init_lora
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
-from qwen_jax.memory import device_limit
+from qwen_jax.memory import device_bytes, device_limit
 from qwen_jax.params import init_params, num_parameters, tree_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat, saved_values
@@ -170,7 +170,7 @@ def measure(args: Args) -> dict:
         "peak": max(peaks),
         "planned": work.budget(remat).total,
         "weights": weights,
-        "device_weights": shard_bytes(params),
+        "device_weights": device_bytes(params),
         "sent": sent,
         "compile_seconds": compile_seconds,
         "init_seconds": init_seconds,
@@ -178,12 +178,6 @@ def measure(args: Args) -> dict:
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
     }
-
-
-def shard_bytes(tree) -> int:
-    """Bytes of a tree of arrays on its first device."""
-    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(tree)]
-    return tree_bytes(shards)
 
 
 def _batch(params, cfg, mesh, args: Args, seq: int) -> dict[str, jax.Array]:

@@ -88,7 +88,8 @@ def key_units(
     """What to divide the keys by, and multiply the queries with, so that 255 levels serve a head.
 
     Rotation turns channels i and i + H/2 into each other, so a pair has one unit, and scores stay
-    what they are to the last bit. A unit is how often the bias of a pair exceeds what is usual in
+    what they are to the last bit (float16 scales of packed weights may round, where a large unit
+    makes a small one subnormal). A unit is how often the bias of a pair exceeds what is usual in
     its head: the median, and 2 for what the input adds. On a real model with biases up to 211 this
     takes the cost of an int8 cache from 0.94 % of the loss to 0.02 % (docs/benchmarks.md).
     """

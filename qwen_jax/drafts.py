@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-# With the token before them these are the 16 that a pass still reads the cache for one by one.
-MOST_DRAFTS = 15
 NGRAM = 3  # shorter ones match too often where nothing repeats
 # Steps without a draft after many wrong ones: a pass over eight tokens may cost a quarter more than
 # one over one token, and this makes of it one percent.

@@ -24,7 +24,7 @@ from qwen_jax import packed
 from qwen_jax.adapters import Lora
 from qwen_jax.cache import init_cache, stored_dtype
 from qwen_jax.config import ModelConfig
-from qwen_jax.drafts import MOST_DRAFTS, Text, remember
+from qwen_jax.drafts import Text, remember
 from qwen_jax.errors import InputError
 from qwen_jax.model import Params, lora_layers
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
@@ -38,6 +38,8 @@ FIRST_ROOM = 512
 # Tokens of all rows of a device that a prefill runs at once. As many as a GEMM needs to be bound by
 # arithmetic, with the dequantization in front of it; 32,768 would take gigabytes of activations.
 PREFILL_TOKENS = 4096
+# A pass over these and the token before them still reads the cache where it is filled.
+MOST_DRAFTS = packed.FEW_TOKENS - 1
 
 
 class Engine:

@@ -39,20 +39,29 @@ def device_bytes(tree: Any) -> int:
 
 
 def weight_bytes(
-    cfg: ModelConfig, dtype: Any, fmt: QuantFormat | None, sizes: dict[str, int]
+    cfg: ModelConfig,
+    dtype: Any,
+    fmt: QuantFormat | None,
+    sizes: dict[str, int],
+    *,
+    packed: bool = False,  # quantized layers as generation on Hopper cards has them
 ) -> dict[str, int]:
     """Bytes of the parameters on one device, by kind, in the order of the table."""
     tree = abstract_params(cfg, dtype, fmt, abstract_mesh(sizes))
+    layers, how = tree, ""
+    if packed and sizes["fsdp"] > 1:
+        layers = abstract_params(cfg, dtype, fmt, abstract_mesh(sizes | {"fsdp": 1}))
+        how = ", packed: whole over fsdp"
     out: dict[str, int] = {}
     for spec in param_table(cfg):
-        leaf = tree
+        leaf = layers if spec.role == "linear" else tree
         for name in spec.path:
             leaf = leaf[name]
         kind = {"linear": "linear layers", "head": "lm_head"}.get(spec.role, spec.role)
         kind = "norms and biases" if spec.role in ("norm", "bias") else kind
         if isinstance(leaf, QTensor):
-            parts = {f"{kind}, {leaf.kind} codes": leaf.data}
-            parts["their scales"] = [leaf.scale, leaf.scale_absmax, leaf.scale_offset]
+            parts = {f"{kind}, {leaf.kind} codes{how}": leaf.data}
+            parts[f"their scales{how}"] = [leaf.scale, leaf.scale_absmax, leaf.scale_offset]
         else:
             parts = {kind: leaf}
         for name, part in parts.items():

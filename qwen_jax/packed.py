@@ -1,8 +1,8 @@
 """The decoder on packed quantized weights (packed_params.py): generation at the memory's speed.
 
-The mathematics is model.py's; what differs is that the
-scan runs over layer numbers and every large product reads the whole stack at that number, so that
-nothing is copied, and that up and gate are one product. It knows no sampling and no LoRA.
+The mathematics is model.py's; what differs is that the scan runs over layer numbers and every large
+product reads the whole stack at that number, so that nothing is copied, and that up and gate are
+one product. It knows no sampling and no LoRA.
 
 On a mesh each device runs all layers on its share: heads and FFN columns are split over `tensor`,
 with a sum over its devices after wo and after down, rows of the batch over `data` and `fsdp`, over
@@ -46,7 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Up to this many new tokens a row read the cache with the decode kernel, one query after another.
-_FEW_TOKENS = 16
+FEW_TOKENS = 16
 
 
 def unembed(params: Params, hidden: jax.Array, mesh: Mesh | None = None) -> jax.Array:
@@ -185,7 +185,7 @@ def _attend(
     implementation: str | None,
 ) -> tuple[jax.Array, KVCache | None]:  # [B * T, N * H]
     B, T = place.positions.shape
-    if T <= _FEW_TOKENS and cache is not None and not fresh:
+    if T <= FEW_TOKENS and cache is not None and not fresh:
         return _attend_few(place, parts, bias, cache, index, implementation)
     bias = jax.lax.dynamic_index_in_dim(bias, index, 0, keepdims=False)
     qkv = parts.sum(0).astype(bias.dtype).reshape(B, T, *bias.shape) + bias

@@ -16,7 +16,18 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.model import Params
 
 
-def forward(cfg, mesh, params, pairs, tokens, cache, counts, *, fresh, prompt_lengths=None):
+def forward(
+    cfg: ModelConfig,
+    mesh: Mesh | None,
+    params: Params,
+    pairs: Params | None,  # model.lora_layers
+    tokens: jax.Array,  # int32 [B, T]
+    cache: KVCache,
+    counts: jax.Array,  # int32 [B]: how many of the T tokens are real
+    *,
+    fresh: bool,
+    prompt_lengths: jax.Array | None = None,  # int32 [B]: if the prompt comes in parts
+) -> tuple[jax.Array, KVCache]:  # hidden [B, T, D], longer cache
     """The decoder for these weights: packed ones have their own."""
     how = {"counts": counts, "prompt_lengths": prompt_lengths, "fresh": fresh, "mesh": mesh}
     if packed.is_packed(params):

@@ -23,7 +23,7 @@ from typing import Any
 from qwen_jax import api, chatml, runtime
 from qwen_jax.adapters import ADAPTER_WEIGHTS
 from qwen_jax.cli import parse, run
-from qwen_jax.drafts import MOST_DRAFTS
+from qwen_jax.engine import MOST_DRAFTS
 from qwen_jax.errors import InputError, UsageError
 from qwen_jax.manifest import planned_manifest
 from qwen_jax.sampling import SamplingParams, check_setting

@@ -84,9 +84,12 @@ def budget(
         work += 2 * here * tokens * cfg.attention_size
         mask = here * chunk * tokens * dtype.itemsize
     logits = 3 * here * cfg.vocab_size * 4
+    layers = abstract_params(cfg, dtype, manifest.quantization)["layers"]
+    whole = _may_be_whole(manifest, dtype, sizes, adapter)
+    whole = whole and room_for_whole(layers, abstract_mesh(sizes), limit)
     return Budget(
         {
-            **_weights(manifest, dtype, sizes, limit, adapter),
+            **weight_bytes(cfg, dtype, manifest.quantization, sizes, packed=whole),
             f"KV cache of {rows} x {tokens} tokens": cache,
             "work of a prefill": work // sizes["tensor"] * dtype.itemsize + mask + logits,
         },
@@ -103,28 +106,6 @@ def _may_be_whole(
     return packable(
         abstract_params(manifest.config, dtype, manifest.quantization), abstract_mesh(sizes)
     )
-
-
-def _weights(
-    manifest: Manifest, dtype: jnp.dtype, sizes: dict[str, int], limit: int, adapter: bool
-) -> dict[str, int]:
-    cfg, fmt = manifest.config, manifest.quantization
-    split = weight_bytes(cfg, dtype, fmt, sizes)
-    layers = abstract_params(cfg, dtype, fmt)["layers"]
-    whole = _may_be_whole(manifest, dtype, sizes, adapter)
-    if not whole or not room_for_whole(layers, abstract_mesh(sizes), limit):
-        return split
-    of_one = weight_bytes(cfg, dtype, fmt, sizes | {"fsdp": 1})
-    # Embedding and head stay split.
-    return {
-        **{f"{name}, packed: whole over fsdp": of_one[name] for name in split if _quantized(name)},
-        **{name: size for name, size in split.items() if not _quantized(name)},
-    }
-
-
-def _quantized(kind: str) -> bool:
-    """Whether this kind of weight_bytes is that of a quantized weight."""
-    return kind.endswith(" codes") or kind == "their scales"
 
 
 def print_plan(flags: PlanFlags, manifest: Manifest, rows: int, adapter: bool = False) -> None:

@@ -49,17 +49,22 @@ sys.addaudithook(_audit)
 
 
 @contextlib.contextmanager
-def watched(folder: pathlib.Path) -> Iterator[None]:
-    """Fails the test for anything but a clean end or an InputError of one readable line."""
+def watched(folder: pathlib.Path) -> Iterator[list[str]]:
+    """Fails the test for anything but a clean end or an InputError of one readable line.
+
+    Yields a list that then holds that line.
+    """
     global _written
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
     begin, _written = time.monotonic(), []
+    refused: list[str] = []
     try:
-        yield
+        yield refused
     except InputError as error:
         message = str(error)
+        refused.append(message)
         assert "\n" not in message and len(message) < 3000, message
         message.encode()  # prints on any terminal
     finally:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.drafts import count_passes
-from qwen_jax import drafts, engine, packed
+from qwen_jax import drafts, engine
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine
 from qwen_jax.errors import InputError
@@ -101,8 +101,7 @@ def test_drafts_save_passes_on_a_cycle(monkeypatch, weights):
     assert sum(count_passes([1, 2, 3], answer, 4)) == passes
 
 
-def test_a_pass_over_a_draft_is_one_of_few_tokens():
-    assert drafts.MOST_DRAFTS + 1 == packed._FEW_TOKENS
+def test_a_draft_longer_than_a_pass_of_few_tokens_is_refused():
     params = init_params(CFG, jax.random.key(0), jnp.float32)
     with pytest.raises(InputError, match="drafts is 16; expected 0"):
         Engine(CFG, params, drafts=16)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from tiny import tiny_config
@@ -65,16 +66,14 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
 def test_rows_to_e4m3(K):
     x = jax.random.normal(jax.random.key(0), (300, K)).astype(jnp.bfloat16)
     x = x.at[1].mul(300).at[2].set(0)
-    (codes, unit), (want, want_unit) = (
-        quantize_rows(x, implementation=name) for name in ("mosaic", "xla")
-    )
+    codes, unit = quantize_rows(x, implementation="mosaic")
+    # In float64: bfloat16 often lies on the edge of two codes, where a rounded quotient decides.
+    exact = np.asarray(x, np.float64)
+    want_unit = np.maximum(np.abs(exact).max(axis=1), 1e-30) / 448
+    want = (exact / want_unit[:, None]).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_allclose(unit, want_unit, rtol=1e-6)
-    # Values of 8 bits often lie on the edge between two codes of 4 bits; there a product with the
-    # reciprocal may fall on the other side (0.11 % of these).
-    assert (np.asarray(codes, np.float32) != np.asarray(want, np.float32)).mean() < 3e-3
-    np.testing.assert_allclose(
-        np.asarray(codes, np.float32), np.asarray(want, np.float32), rtol=2**-3
-    )
+    assert (np.asarray(codes, np.float32) != want).mean() < 1e-3
+    np.testing.assert_allclose(np.asarray(codes, np.float32), want, rtol=2**-3)
 
 
 def test_packed_rows_on_cudnn_equal_the_reference():

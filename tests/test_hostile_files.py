@@ -87,16 +87,21 @@ def trying(cases: int, *phases: Phase):
     )
 
 
-def try_all(cases: int, folder: pathlib.Path, name: str, make, read) -> None:
-    """Writes `cases` variants of the file `name` made by `make(draw)`, and reads each."""
+def try_all(cases: int, folder: pathlib.Path, name: str, make, read) -> int:
+    """Writes `cases` variants of the file `name` made by `make(draw)`, and reads each.
+
+    Returns how many were refused: a fuzzer whose files all pass has missed the parser.
+    """
     original = (folder / name).read_bytes()
+    refused: list[str] = []
 
     @trying(cases, Phase.generate, Phase.shrink)
     @given(st.data())
     def case(data):
         (folder / name).write_bytes(make(data.draw))
-        with watched(folder / "out"):
+        with watched(folder / "out") as line:
             read()
+        refused.extend(line)
         assert not (folder / "out").exists()
 
     read()  # the original is fine
@@ -104,27 +109,31 @@ def try_all(cases: int, folder: pathlib.Path, name: str, make, read) -> None:
         case()
     finally:
         (folder / name).write_bytes(original)
+    return len(refused)
 
 
 @number_of_cases(60, 2000)
 def test_safetensors_headers(plain, cases):
     header, data = split_shard(plain / SHARD)
     make = lambda draw: mutated_shard(draw, header, data)  # noqa: E731
-    try_all(cases, plain, SHARD, make, lambda: read_everything(plain))
+    refused = try_all(cases, plain, SHARD, make, lambda: read_everything(plain))
+    assert refused > cases // 4
 
 
 @number_of_cases(40, 1200)
 def test_index(plain, cases):
     index = json.loads((plain / INDEX).read_text())
     make = lambda draw: mutated_json(draw, index)  # noqa: E731
-    try_all(cases, plain, INDEX, make, lambda: read_everything(plain))
+    refused = try_all(cases, plain, INDEX, make, lambda: read_everything(plain))
+    assert refused > cases // 4
 
 
 @number_of_cases(60, 1800)
 def test_config(plain, cases):
     config = json.loads((plain / "config.json").read_text())
     make = lambda draw: mutated_json(draw, config)  # noqa: E731
-    try_all(cases, plain, "config.json", make, lambda: read_everything(plain))
+    refused = try_all(cases, plain, "config.json", make, lambda: read_everything(plain))
+    assert refused > cases // 4
 
 
 @number_of_cases(30, 900)
@@ -132,14 +141,18 @@ def test_config(plain, cases):
 def test_quantization_configs(quantized, name, cases):
     config = json.loads((quantized / name).read_text())
     make = lambda draw: mutated_json(draw, config)  # noqa: E731
-    try_all(cases, quantized, name, make, lambda: read_everything(quantized))
+    refused = try_all(cases, quantized, name, make, lambda: read_everything(quantized))
+    assert refused > cases // 4
 
 
 @number_of_cases(30, 1000)
 def test_gptq_tensors(quantized, cases):
     header, data = split_shard(quantized / "model.safetensors")
     make = lambda draw: mutated_shard(draw, header, data)  # noqa: E731
-    try_all(cases, quantized, "model.safetensors", make, lambda: read_everything(quantized))
+    refused = try_all(
+        cases, quantized, "model.safetensors", make, lambda: read_everything(quantized)
+    )
+    assert refused > cases // 4
 
 
 @number_of_cases(50, 1000)
@@ -149,7 +162,8 @@ def test_adapter_config(plain, adapter, cases):
     config |= {"rank_pattern": {"w2": 2}, "alpha_pattern": {"w2": 3}, "layers_to_transform": [0, 1]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     make = lambda draw: mutated_json(draw, config)  # noqa: E731
-    try_all(cases, adapter, "adapter_config.json", make, lambda: load_peft(adapter, cfg))
+    refused = try_all(cases, adapter, "adapter_config.json", make, lambda: load_peft(adapter, cfg))
+    assert refused > cases // 4
 
 
 @number_of_cases(50, 1000)
@@ -158,7 +172,10 @@ def test_adapter_weights(plain, adapter, cases):
     header, data = split_shard(adapter / "adapter_model.safetensors")
     make = lambda draw: mutated_shard(draw, header, data)  # noqa: E731
     name = "adapter_model.safetensors"
-    try_all(cases, adapter, name, make, lambda: load_peft(adapter, cfg, fingerprint="f" * 64))
+    refused = try_all(
+        cases, adapter, name, make, lambda: load_peft(adapter, cfg, fingerprint="f" * 64)
+    )
+    assert refused > cases // 4
 
 
 @number_of_cases(8, 200)

@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.collectives import collectives
 from qwen_jax import packed, steps
 from qwen_jax.cache import abstract_cache, init_cache
 from qwen_jax.config import ModelConfig
@@ -185,22 +185,6 @@ def decode_text(mesh, params) -> str:
     return steps.decode.lower(*args).compile().as_text()
 
 
-def collectives(text: str) -> list[tuple[str, str, int]]:
-    """Kind, computation and number of elements of each message between devices."""
-    found, computation = [], ""
-    for line in text.splitlines():
-        if line and not line[0].isspace():
-            computation = line.split()[0]
-        match = re.search(
-            r"= \(?\w+\[([\d,]*)\].* (all-reduce|all-gather|all-to-all|collective-permute|"
-            r"reduce-scatter)(?:-start)?\(", line,
-        )  # fmt: skip
-        if match:
-            size = np.prod([int(n) for n in match[1].split(",") if n], dtype=int)
-            found.append((match[2], computation, int(size)))
-    return found
-
-
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
@@ -215,17 +199,17 @@ def test_a_layer_sends_two_sums_and_no_weight(text, kind):
         params = init_params(CFG, jax.random.key(0), jnp.float32, None, mesh)
     else:
         mesh, params = packed_on(text, kind)
-    found = collectives(decode_text(mesh, params))
+    # The loop over tokens ends by a condition: one turn of it.
+    found = collectives(decode_text(mesh, params), unknown=1)
     # Two in the loop over layers; one joins the rows of the split embedding table. What has one
     # element asks whether all rows are done.
-    sums = [(place, size) for kind, place, size in found if kind == "all-reduce" and size > 1]
-    places = collections.Counter(place for place, _ in sums)
-    assert sorted(places.values()) == [1, 2], found
+    sums = [c for c in found if c.kind == "all-reduce" and c.size > 4]
+    in_layers = [c for c in sums if c.times == CFG.num_layers]
+    assert (len(in_layers), len(sums)) == (2, 3), found
     rows = 4 // (4 if "fsdp" in text else 1)
-    in_layer = [size for place, size in sums if places[place] == 2]
-    assert in_layer == [rows * CFG.hidden_size] * 2
+    assert {c.size for c in in_layers} == {4 * rows * CFG.hidden_size}
     # Nothing that travels is larger than the joined logits; the smallest weight is much larger.
-    assert max(size for *_, size in found) <= 4 * CFG.vocab_size, found
+    assert max(c.size for c in found) <= 4 * 4 * CFG.vocab_size, found
     assert 4 * CFG.vocab_size < CFG.hidden_size**2 // 8
 
 

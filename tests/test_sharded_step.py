@@ -9,16 +9,15 @@ import pytest
 from tiny import tiny_config
 
 from benchmarks.collectives import Collective, collectives
+from benchmarks.scaling_model import abstract_step
 from qwen_jax.adapters import LoraConfig, abstract_lora
-from qwen_jax.params import abstract_params, init_params, param_table
+from qwen_jax.params import init_params, param_table
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train import overlap
 from train.step import (
     Compute,
-    abstract_state,
-    batch_sharding,
     compile_step,
     init_state,
     make_optimizer,
@@ -33,20 +32,9 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 ROWS, LENGTH = 8, 64
 
 
-def parts(mesh, remat="full", fmt="nf4"):
+def parts(mesh, remat="full"):
     """The step over abstract arrays, and those."""
-    params = abstract_params(CFG, jnp.float32, QuantFormat.named(fmt), mesh)
-    schedule = make_schedule("constant", 1e-2, 10)
-    optimizer = make_optimizer(schedule)
-    state = abstract_state(optimizer, abstract_lora(CFG, LORA, mesh=mesh), mesh)
-    compute = Compute(remat=Remat.parse(remat, CFG.num_layers), mesh=mesh)
-    step = compile_step(CFG, optimizer, schedule, state, params, compute)
-    layout, shape = batch_sharding(mesh), (1, ROWS, LENGTH)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout),
-        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=layout),
-    }
-    return step, state, params, batch
+    return abstract_step(CFG, "nf4", LORA, remat, mesh, ROWS, LENGTH)
 
 
 @functools.cache

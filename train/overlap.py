@@ -1,6 +1,6 @@
 """How the exchange between GPUs is hidden behind computation: options of XLA for one program.
 
-    none      XLA's defaults (jax 0.10 and 0.11: the latency hiding scheduler is off)
+    none      XLA's defaults (by its source, the latency hiding scheduler is off)
     schedule  that scheduler on: the five gathers of a layer start with the layer, and the products
               of one weight run while the next one arrives, so that only the first is waited for.
               Gathers of codes are not joined, which would make all products wait for all of them.

@@ -73,13 +73,11 @@ def prepare_output(args: Args, start: pathlib.Path | None) -> pathlib.Path:
     """Makes the output folder; a run that begins anew drops what an earlier one left in it."""
     folder = pathlib.Path(args.output_dir)
     processes.by_first("making --output_dir", lambda: _prepare(folder, args, start))
-    if not folder.is_dir():
-        missing = InputError(
-            f"--output_dir {folder} is not the folder that process 0 made: several processes need "
-            "one that all of them see, on a shared disk"
-        )
-        processes.together("finding --output_dir", missing)
-    processes.together("finding --output_dir", None)
+    missing = InputError(
+        f"--output_dir {folder} is not the folder that process 0 made: several processes need one "
+        "that all of them see, on a shared disk"
+    )
+    processes.together("finding --output_dir", None if folder.is_dir() else missing)
     return folder
 
 

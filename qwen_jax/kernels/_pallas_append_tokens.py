@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from qwen_jax.kernels import _pallas_ptx as ptx
+from qwen_jax.kernels._pallas_codes import bfloat16s
 
 HEAD = 128
 _LANES = 16  # of a vector
@@ -39,14 +40,11 @@ def append_tokens(
         grid=(body.blocks,), grid_names=("block",), num_threads=1, thread_name="warpgroup"
     )
 
-    def kernel(*refs):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
-
     run = pl.kernel(
-        kernel,
+        ptx.of_threads(body),
         out_type=(jax.ShapeDtypeStruct((R, N, H), jnp.bfloat16),),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=ptx.LANE,
     )
     refs = [jax.new_ref(stack) for stack in stacks]  # aliased: written where they lie
     (q,) = run(layer, slots, parts, bias, angles, factor, *refs)
@@ -117,8 +115,7 @@ class Body:
             ptx.asm("st.global.u32 [$0], $1;", [at, words[0]])
             ptx.asm(f"st.global.u32 [$0+{HEAD // 2}], $1;", [at, words[1]])
         with ptx.when(arith.andi(keeps, ptx.less(lane, 1))):
-            text = "{.reg .b16 h; cvt.rn.bf16.f32 h, $1; st.global.b16 [$0], h;}"
-            ptx.asm(text, [cache_at(stack_refs[2:], 2), scale])
+            ptx.store_bfloat(cache_at(stack_refs[2:], 2), scale)
 
     def _sums(self, parts_ref, bias_ref, layer, vector, inside, lane) -> list[ptx.Value]:
         """This lane's eight channels: sum of the parts, plus bias."""
@@ -131,7 +128,7 @@ class Body:
         values = []
         for half in range(2):
             loads = [
-                _load_floats(ptx.add(at, p * part_bytes), half * HEAD * 2) for p in range(self.P)
+                ptx.load_floats(ptx.add(at, p * part_bytes), half * HEAD * 2) for p in range(self.P)
             ]
             text = f"ld.global.nc.v2.u32 {{$0,$1}}, [$2+{half * HEAD}];"
             words = ptx.asm(text, [bias_at], [ptx.i32()] * 2)
@@ -144,7 +141,7 @@ class Body:
     def _rotate(self, angles_ref, row, lane, x: list[ptx.Value]) -> list[ptx.Value]:
         at = ptx.add(ptx.mul(ptx.wide(row), HEAD * 4), ptx.wide(ptx.mul(lane, 16)))
         at = ptx.add(ptx.address(angles_ref), at)
-        cos, sin = _load_floats(at, 0), _load_floats(at, HEAD * 2)
+        cos, sin = ptx.load_floats(at, 0), ptx.load_floats(at, HEAD * 2)
         firsts, seconds = [], []
         for first, second, c, s in zip(x[:4], x[4:], cos, sin, strict=True):
             firsts.append(arith.subf(arith.mulf(first, c), arith.mulf(second, s)))
@@ -155,8 +152,7 @@ class Body:
         """quant.quantize_heads: the scale of the vector, and this lane's two words of codes."""
         most = ptx.real(0.0)
         for value in x:
-            text = "{.reg .f32 a; abs.f32 a, $1; max.f32 $0, a, $2;}"
-            most = ptx.asm(text, [value, most], [ptx.f32()], pure=True)
+            most = ptx.larger(value, most)
         for distance in (1, 2, 4, 8):
             most = arith.maximumf(most, ptx.swap(most, distance))
         scale = ptx.rounded(arith.divf(most, ptx.real(127.0)))
@@ -178,15 +174,8 @@ class Body:
         at = ptx.add(at, ptx.mul(ptx.wide(lane), 8))
         with ptx.when(writes):
             for half in range(2):
-                words = [
-                    ptx.asm("cvt.rn.bf16x2.f32 $0, $2, $1;", x[i : i + 2], [ptx.i32()], pure=True)
-                    for i in (4 * half, 4 * half + 2)
-                ]
+                words = bfloat16s(x[4 * half : 4 * half + 4])
                 ptx.asm(f"st.global.v2.u32 [$0+{half * HEAD}], {{$1,$2}};", [at, *words])
-
-
-def _load_floats(at, offset: int):
-    return ptx.asm(f"ld.global.v4.f32 {{$0,$1,$2,$3}}, [$4+{offset}];", [at], [ptx.f32()] * 4)
 
 
 def _load_row(ref, row, kind: str, result):

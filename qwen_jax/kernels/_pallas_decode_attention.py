@@ -43,11 +43,8 @@ def decode_attention(
     )  # fmt: skip
     scales = (k_scale, v_scale) if quantized else ()
 
-    def kernel(*refs):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
-
     run = plgpu.kernel(
-        kernel,
+        ptx.of_threads(body),
         out_type=jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
         grid=(q.shape[0] * N,),
         grid_names=("head",),
@@ -56,7 +53,7 @@ def decode_attention(
         num_threads=warps // 4,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM(((warps + 1) * PART,), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=ptx.LANE,
     )
     return run(layer, visible, q, k, v, *scales)
 
@@ -286,8 +283,7 @@ class Body:
         at = ptx.add(ptx.mul(ptx.wide(head), HEAD * 2), ptx.wide(ptx.mul(channel, 2)))
         at = ptx.add(ptx.address(out_ref), at)
         with ptx.when(writes):
-            text = "{.reg .b16 h; cvt.rn.bf16.f32 h, $1; st.global.b16 [$0], h;}"
-            ptx.asm(text, [at, value])
+            ptx.store_bfloat(at, value)
         if self.splits > 1:
             ptx.cluster_barrier()  # nobody leaves while its shared memory is read
 

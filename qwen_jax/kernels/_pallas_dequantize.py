@@ -107,18 +107,15 @@ def operands(layer: jax.Array, q: QTensor, factor: jax.Array | None) -> list[jax
 
 
 def _call(body, layer, q: QTensor, factor, out: jax.ShapeDtypeStruct) -> jax.Array:
-    def kernel(*refs):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
-
     run = plgpu.kernel(
-        kernel,
+        ptx.of_threads(body),
         out_type=out,
         grid=(body.blocks,),
         grid_names=("block",),
         num_threads=body.tiling.warps // 4,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((body.smem_bytes // 4,), jnp.uint32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=ptx.LANE,
     )
     return run(*operands(layer, q, factor))
 

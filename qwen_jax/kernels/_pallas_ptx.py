@@ -5,15 +5,29 @@ each function here adds one instruction (or a few) and returns its results. It k
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
 Value = ir.Value
+
+
+# Such bodies are lowered as they stand, a thread at a time.
+LANE = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+def of_threads(body: Callable[..., None]) -> Callable[..., None]:
+    """The Pallas kernel that body(context, *refs) builds."""
+
+    def kernel(*refs):
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
+
+    return kernel
 
 
 def i32() -> ir.Type:
@@ -91,6 +105,21 @@ def load_streamed(at: Value, offset: int) -> list[Value]:
 
 def load_shared(at: Value, offset: int) -> list[Value]:
     return asm(f"ld.shared.v4.u32 {{$0,$1,$2,$3}}, [$4+{offset}];", [at], [i32()] * 4)
+
+
+def load_floats(at: Value, offset: int) -> list[Value]:
+    """16 bytes a lane of what another kernel has just written."""
+    return asm(f"ld.global.v4.f32 {{$0,$1,$2,$3}}, [$4+{offset}];", [at], [f32()] * 4)
+
+
+def store_bfloat(at: Value, value: Value) -> None:
+    asm("{.reg .b16 h; cvt.rn.bf16.f32 h, $1; st.global.b16 [$0], h;}", [at, value])
+
+
+def larger(value: Value, most: Value) -> Value:
+    """The larger of |value| and most."""
+    text = "{.reg .f32 a; abs.f32 a, $1; max.f32 $0, a, $2;}"
+    return asm(text, [value, most], [f32()], pure=True)
 
 
 def fma(a: Value, b: Value, c: Value) -> Value:

@@ -58,7 +58,7 @@ def split_matmul(
         inputs.append(jnp.asarray(_nf4_pairs()))
 
     def kernel(*refs):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
+        ptx.of_threads(body)(*refs)
         if tiling.pdl:
             # Marks the launch; the wait that matters stands in the body.
             plgpu.griddepcontrol_wait()
@@ -71,7 +71,7 @@ def split_matmul(
         num_threads=tiling.warps // 4,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((body.smem_bytes // 4,), jnp.uint32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=ptx.LANE,
     )
     return run(*inputs)
 

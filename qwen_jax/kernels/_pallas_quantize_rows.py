@@ -24,11 +24,8 @@ def quantize_rows(
         raise NotImplementedError(f"quantize_rows of {x.dtype} rows of {K}")
     body = Body(K=K)
 
-    def kernel(*refs):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
-
     run = plgpu.kernel(
-        kernel,
+        ptx.of_threads(body),
         out_type=(
             jax.ShapeDtypeStruct((R, K), jnp.float8_e4m3fn),
             jax.ShapeDtypeStruct((R,), jnp.float32),
@@ -38,7 +35,7 @@ def quantize_rows(
         num_threads=_THREADS // 128,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((_THREADS // 32,), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=ptx.LANE,
     )
     return run(x)
 
@@ -61,8 +58,7 @@ class Body:
         for load in words:
             for word in load:
                 for value in ptx.bfloats(word):
-                    text = "{.reg .f32 a; abs.f32 a, $1; max.f32 $0, a, $2;}"
-                    most = ptx.asm(text, [value, most], [ptx.f32()], pure=True)
+                    most = ptx.larger(value, most)
         most = self._largest(most, lane, warp, smem)
         most = arith.maximumf(most, ptx.real(1e-30))
         unit = arith.divf(most, ptx.real(448.0))

@@ -29,12 +29,9 @@ def residual_norm(
     threads = D // (4 * splits)
     body = _Body(P=P, M=M, D=D, splits=splits, threads=threads, eps=eps)
 
-    def kernel(*refs):
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
-
     row = jax.ShapeDtypeStruct((M, D), jnp.bfloat16)
     run = plgpu.kernel(
-        kernel,
+        ptx.of_threads(body),
         out_type=(row, row),
         grid=(M,),
         grid_names=("row",),
@@ -43,7 +40,7 @@ def residual_norm(
         num_threads=threads // 128,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((64,), jnp.float32)],
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=ptx.LANE,
     )
     return run(layer, x, parts, weight)
 
@@ -71,7 +68,7 @@ class _Body:
         weight = _load_bfloats(ptx.add(ptx.address(weight_ref), ptx.mul(at, 2)))
         old = _load_bfloats(ptx.add(ptx.address(x_ref), ptx.mul(element, 2)))
         parts_at = ptx.add(ptx.address(parts_ref), ptx.mul(element, 4))
-        loads = [_load_floats(parts_at, p * self.M * self.D * 4) for p in range(self.P)]
+        loads = [ptx.load_floats(parts_at, p * self.M * self.D * 4) for p in range(self.P)]
         new = []
         for i in range(4):
             total = ptx.total([load[i] for load in loads])
@@ -114,11 +111,6 @@ class _Body:
             ptx.asm("st.shared.f32 [$0], $1;", [shared, total])
         ptx.cluster_barrier()
         return ptx.total([ptx.load_remote(shared, ptx.const(r)) for r in range(self.splits)])
-
-
-def _load_floats(at, offset: int):
-    text = f"ld.global.v4.f32 {{$0,$1,$2,$3}}, [$4+{offset}];"
-    return ptx.asm(text, [at], [ptx.f32()] * 4)
 
 
 def _load_bfloats(at):

@@ -3,18 +3,13 @@ written behind what each row holds. One kernel a layer instead of seven small on
 written in place, whatever the number of rows.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import on_hopper
+from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.quant import quantize_heads
 
 Stacks = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
-
-_log = logging.getLogger(__name__)
 
 
 def append_tokens(
@@ -83,10 +78,5 @@ def _mosaic(parts, bias, cos, sin, query_factor, stacks, layer, slots):
 def choose(bias: jax.Array) -> str:
     """The kernel for bfloat16 heads of 128 on a Hopper card, XLA otherwise."""
     chosen = "mosaic" if bias.shape[-1] == 128 and on_hopper(bias.dtype) else "xla"
-    _say_once(chosen)
+    say_once(f"new keys and values are written by {chosen}")
     return chosen
-
-
-@functools.cache
-def _say_once(chosen: str) -> None:
-    _log.info("new keys and values are written by %s", chosen)

@@ -4,22 +4,19 @@ One rule covers all three: query t of row b sees key s if s <= q_index[b, t] (ke
 positions) and, where sequences are packed, if both belong to the same segment.
 """
 
-import functools
-import logging
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from qwen_jax.kernels.hopper import say_once
 from qwen_jax.remat import ATTENTION
 
 # Queries handled at once by the reference: bounds the [T, S] scores at 128 * S a head.
 QUERY_CHUNK = 128
 # From so many queries on cuDNN serves them against a longer cache too; a step of decode has fewer.
 _CUDNN_QUERIES = 64
-
-_log = logging.getLogger(__name__)
 
 
 def attention(
@@ -74,13 +71,9 @@ def _choose(q: jax.Array, causal_square: bool, segmented: bool) -> str:
     enough = causal_square or (q.shape[1] >= _CUDNN_QUERIES and not segmented)
     if jax.default_backend() == "gpu" and enough and half:
         chosen = "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
-    _say_once(chosen, "decode" if q.shape[1] == 1 else "prefill or training")
+    use = "decode" if q.shape[1] == 1 else "prefill or training"
+    say_once(f"attention for {use} runs on {chosen}")
     return chosen
-
-
-@functools.cache
-def _say_once(chosen: str, use: str) -> None:
-    _log.info("attention for %s runs on %s", use, chosen)
 
 
 def attention_xla(

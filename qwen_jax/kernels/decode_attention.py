@@ -5,16 +5,12 @@ reference, which is its specification, reads the whole layer. The cache is bfloa
 one scale a token and head.
 """
 
-import functools
-import logging
 import math
 
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import on_hopper
-
-_log = logging.getLogger(__name__)
+from qwen_jax.kernels.hopper import on_hopper, say_once
 
 
 def decode_attention(
@@ -86,10 +82,5 @@ def choose(q: jax.Array, k: jax.Array) -> str:
     """The kernel for bfloat16 heads of 128 on a Hopper card, XLA otherwise."""
     fits = q.shape[-1] == 128 and k.dtype in (jnp.bfloat16, jnp.int8)
     chosen = "mosaic" if fits and on_hopper(q.dtype) else "xla"
-    _say_once(chosen)
+    say_once(f"decode attention runs on {chosen}")
     return chosen
-
-
-@functools.cache
-def _say_once(chosen: str) -> None:
-    _log.info("decode attention runs on %s", chosen)

@@ -6,20 +6,15 @@ stay stacked: the kernel takes the whole stack and a layer index, because a slic
 before the call. It knows no model.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import on_hopper
+from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 from qwen_jax.kernels.tilings import tiling_for
 
 # Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py).
 MAX_ROWS = 32
-
-_log = logging.getLogger(__name__)
 
 
 def decode_matmul(
@@ -88,7 +83,8 @@ def choose(x: jax.Array, w: PackedWeight) -> str:
     """The kernel for few rows on a Hopper card, if a tiling divides the weight; XLA otherwise."""
     few = x.shape[0] <= MAX_ROWS
     chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "xla"
-    _say_once(chosen, f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}")
+    rows = f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}"
+    say_once(f"quantized products of {rows} run on {chosen}")
     return chosen
 
 
@@ -103,8 +99,3 @@ def _has_tiling(M: int, w: PackedWeight) -> bool:
 def _padded_rows(M: int) -> int:
     """Up to 8 rows are one tile whose rest the kernel fills; more come in whole tiles."""
     return M if M <= 8 else -(-M // 8) * 8
-
-
-@functools.cache
-def _say_once(chosen: str, use: str) -> None:
-    _log.info("quantized products of %s run on %s", use, chosen)

@@ -6,20 +6,15 @@ its stack, so a weight comes as a `Layer`; it serves one device. Under a mesh of
 come cut out of their stacks, as QTensor, and XLA's pass shards with them.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax import quant
-from qwen_jax.kernels.hopper import is_hopper
+from qwen_jax.kernels.hopper import is_hopper, say_once
 from qwen_jax.quant import Layer, QTensor
 
 FP8 = jnp.float8_e4m3fn
-
-_log = logging.getLogger(__name__)
 
 
 def dequantize(
@@ -87,12 +82,7 @@ def _choose(w: QTensor | Layer, dtype: jnp.dtype, turned: bool) -> str:
     try:
         kernel.check(w.stack, dtype, turned)
     except NotImplementedError as e:
-        _say_once("xla", use, f" ({e})")
+        say_once(f"dequantization of {use} runs on xla ({e})")
         return "xla"
-    _say_once("mosaic", use, "")
+    say_once(f"dequantization of {use} runs on mosaic")
     return "mosaic"
-
-
-@functools.cache
-def _say_once(chosen: str, use: str, reason: str) -> None:
-    _log.info("dequantization of %s runs on %s%s", use, chosen, reason)

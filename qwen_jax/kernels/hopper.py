@@ -1,7 +1,12 @@
-"""Which card the kernels run on: the one place that asks."""
+"""Which card the kernels run on: the one place that asks; and what was chosen for it, said once."""
+
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
+
+_log = logging.getLogger(__name__)
 
 
 def is_hopper() -> bool:
@@ -14,3 +19,9 @@ def is_hopper() -> bool:
 def on_hopper(dtype: jnp.dtype) -> bool:
     """Whether the kernels that compute in bfloat16 run here on activations of `dtype`."""
     return dtype == jnp.bfloat16 and is_hopper()
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Logs a line the first time that it is true: which implementation of a kernel runs."""
+    _log.info(line)

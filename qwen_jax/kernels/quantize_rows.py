@@ -4,18 +4,13 @@ Left to XLA this is two reads of the row: one for its largest value, one to roun
 elementwise work makes the row is done again in each. The kernel serves one device.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.dequantize import FP8
-from qwen_jax.kernels.hopper import on_hopper
+from qwen_jax.kernels.hopper import on_hopper, say_once
 
 FP8_MAX = 448.0
-
-_log = logging.getLogger(__name__)
 
 
 def quantize_rows(
@@ -47,10 +42,5 @@ def choose(x: jax.Array) -> str:
     R, K = x.shape
     fits = R >= 64 and K % 2048 == 0 and K <= 32768
     chosen = "mosaic" if fits and on_hopper(x.dtype) else "xla"
-    _say_once(chosen)
+    say_once(f"rows are rounded to e4m3 by {chosen}")
     return chosen
-
-
-@functools.cache
-def _say_once(chosen: str) -> None:
-    _log.info("rows are rounded to e4m3 by %s", chosen)

@@ -4,15 +4,10 @@ What stands between two products of a decode step. As XLA fusions it is three ke
 microsecond each and the gaps between them, 160 times a token at 80 layers.
 """
 
-import functools
-import logging
-
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import on_hopper
-
-_log = logging.getLogger(__name__)
+from qwen_jax.kernels.hopper import on_hopper, say_once
 
 
 def residual_norm(
@@ -50,10 +45,5 @@ def choose(x: jax.Array) -> str:
     """The kernel for few rows of a multiple of 512 on a Hopper card, XLA otherwise."""
     M, D = x.shape
     chosen = "mosaic" if M <= 64 and D % 512 == 0 and on_hopper(x.dtype) else "xla"
-    _say_once(chosen)
+    say_once(f"residual and norm run on {chosen}")
     return chosen
-
-
-@functools.cache
-def _say_once(chosen: str) -> None:
-    _log.info("residual and norm run on %s", chosen)
