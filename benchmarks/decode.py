@@ -9,7 +9,8 @@
 
 Steps are the engine's own dispatches, sampling with repetition penalty and top-p included. The
 limit is bytes of a device (weights, scales, head, filled cache) over the read bandwidth measured in
-the same process; GB/s are of one device.
+the same process; GB/s are of one device. Memory is what lies on the first device while the program
+runs: its arrays and its own work, beside what `--plan` of the programs says.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +38,14 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import PREFILL_TOKENS, padded_rows
 from qwen_jax.errors import UsageError
 from qwen_jax.files import read_json_object
+from qwen_jax.manifest import Manifest
 from qwen_jax.memory import device_bytes
 from qwen_jax.params import init_params
 from qwen_jax.prefill import fill, forward
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
-from qwen_jax.sharding import make_mesh
+from qwen_jax.sharding import make_mesh, parse_mesh
+from sample.plan import budget
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 KINDS = ("int4", "nf4", "int8", "bf16")
@@ -136,7 +140,8 @@ def measure(
     stacks = (state.cache.k, state.cache.v, state.cache.k_scale, state.cache.v_scale)
     kept = device_bytes(stacks) * filled / capacity
     limit = (weights + kept) / rate
-    memory = jax.local_devices()[0].memory_stats() or {}
+    plan = (cfg, args, params["wte"].dtype, batch, capacity, mesh)
+    work = steps.decode.lower(*fixed, state).compile().memory_analysis()
     if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
@@ -154,10 +159,31 @@ def measure(
         "limit tok/s": round(batch / limit, 1),
         "weights GB": round(weights / 1e9, 2),
         "cache GB": round(kept / 1e9, 2),
-        "peak GB": round(memory.get("peak_bytes_in_use", 0) / 1e9, 1),
+        "memory GB": round(memory(work) / 1e9, 2),
+        "planned GB": round(planned(*plan, cache_dtype or None) / 1e9, 2),
         "compile s": round(compile_seconds, 1),
         "tokens differ": len(set(np.asarray(block).reshape(-1).tolist())),
     }
+
+
+def memory(work: Any) -> int:
+    """Bytes on the first device while a program runs that has all arrays now there."""
+    held = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+    return held + work.temp_size_in_bytes
+
+
+def planned(
+    cfg: ModelConfig, args: Args, dtype, rows: int, tokens: int, mesh: Mesh | None,
+    cache_dtype: str | None = None, prefill: bool = False,
+) -> int:  # fmt: skip
+    """What the plan of the programs says for the same; decoding has no work of a prefill."""
+    fmt = QuantFormat.named("none" if args.kind == "bf16" else args.kind)
+    manifest = Manifest(
+        config=cfg, dtype=str(dtype), quantization=fmt, fingerprint="", checksums={}
+    )
+    sizes = parse_mesh("1") if mesh is None else dict(mesh.shape)
+    items = budget(manifest, sizes, rows, tokens, None, 0, cache_dtype=cache_dtype).items
+    return sum(size for name, size in items.items() if prefill or not name.startswith("work"))
 
 
 def print_row(
@@ -179,8 +205,8 @@ def print_row(
 
 def prefill_seconds(
     cfg: ModelConfig, params: dict, tokens: int, chunk: int, mesh: Mesh | None
-) -> float:
-    """Time of one prompt through an empty cache, the head at its last token included."""
+) -> tuple[float, int]:
+    """Time of one prompt through an empty cache, the head at its last token included; memory."""
     rows = padded_rows(1, mesh)
     counts = jnp.full((rows,), tokens, jnp.int32)
 
@@ -197,7 +223,8 @@ def prefill_seconds(
         began = time.perf_counter()
         jax.block_until_ready(prompt(params, ids))
         times.append(time.perf_counter() - began)
-    return float(np.median(times))
+    work = prompt.lower(params, ids).compile().memory_analysis()
+    return float(np.median(times)), memory(work) + work.output_size_in_bytes
 
 
 def verify_seconds(
@@ -270,8 +297,13 @@ def main(argv=None):
         seconds = verify_seconds(cfg, params, args.context, tokens, mesh)
         print(f"a pass over {tokens} tokens: {seconds * 1e3:.2f} ms", flush=True)
     if args.prefill:
-        seconds = prefill_seconds(cfg, params, args.prefill, args.prefill_chunk, mesh)
-        print(f"prefill of {args.prefill} tokens: {seconds:.3f} s", flush=True)
+        seconds, held = prefill_seconds(cfg, params, args.prefill, args.prefill_chunk, mesh)
+        plan = planned(cfg, args, params["wte"].dtype, 1, args.prefill, mesh, prefill=True)
+        print(
+            f"prefill of {args.prefill} tokens: {seconds:.3f} s, memory {held / 1e9:.2f} GB, "
+            f"planned {plan / 1e9:.2f}",
+            flush=True,
+        )
     if args.against_one and mesh is not None:
         del params  # or one card would hold its share and the whole
         params = make_params(cfg, args, None)

@@ -2,6 +2,8 @@
 
     python -m benchmarks.qmatmul             the tilings in use, timed inside one program
     python -m benchmarks.qmatmul --sweep     candidate tilings, device time of the kernel alone
+    python -m benchmarks.qmatmul --crossover --rows 8 16 24 32 48 64 128    where a GEMM on
+                                             dequantized weights is as fast as the kernel
 
 Weights are a random stack, larger than the card's cache. Bytes are those of codes and scales. One
 program goes through the whole stack many times; its time includes the sum over the parts of k and
@@ -19,7 +21,8 @@ import numpy as np
 
 from qwen_jax.cli import parse, run
 from qwen_jax.kernels._pallas_qmatmul import split_matmul
-from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.decode_matmul import decode_parts
+from qwen_jax.kernels.packing import PackedWeight, pack_layer
 from qwen_jax.kernels.tilings import FORMATS, Tiling, tiling_for
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize
 
@@ -41,6 +44,7 @@ class Args:
     shapes: tuple[str, ...] = tuple(SHAPES)
     tensor: int = 1  # one device's slice of the shapes on a mesh with tensor=N
     sweep: bool = False  # try candidate tilings instead of the tuned ones
+    crossover: bool = False  # the kernel beside dequantization and a GEMM
     seconds: float = 150.0  # a sweep stops after this
 
 
@@ -192,11 +196,36 @@ def table(args: Args) -> None:
                 print(f"{kind} {name} {M}: {type(e).__name__}: {str(e)[:300]}", flush=True)
 
 
+def as_decoded(layer, x, codes, scale, *, kind: str, implementation: str) -> jax.Array:
+    """The product as the decoder calls it."""
+    N, K = codes.shape[1] * 16, x.shape[1]
+    w = PackedWeight(codes, scale, out_shape=(N,), in_size=K, kind=kind)
+    return decode_parts(x, w, layer[0], implementation=implementation)
+
+
+def crossover(args: Args) -> None:
+    """Both implementations of the product for growing numbers of rows."""
+    print("format | shape | rows | mosaic us | xla us | xla / mosaic")
+    for kind, name in itertools.product(args.kinds, args.shapes):
+        N, K = cut_shape(name, args.tensor)
+        codes, scale = random_stack(N, K, kind)
+        for M in args.rows:
+            x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+            times = []
+            for implementation in ("mosaic", "xla"):
+                fn = functools.partial(as_decoded, kind=kind, implementation=implementation)
+                times.append(program_seconds(fn, x, codes, scale) * 1e6)
+            ours, theirs = times
+            line = f"{kind} | {name} | {M} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f}"
+            print(line, flush=True)
+
+
 def main(argv=None):
     args = parse(Args, argv)
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
     print(f"row sums of 4.3 GB: {ceiling() / 1e12:.2f} TB/s", flush=True)
-    sweep(args) if args.sweep else table(args)
+    how = sweep if args.sweep else crossover if args.crossover else table
+    how(args)
 
 
 if __name__ == "__main__":

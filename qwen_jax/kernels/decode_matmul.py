@@ -13,8 +13,10 @@ from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 from qwen_jax.kernels.tilings import tiling_for
 
-# Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py).
+# Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py --crossover).
 MAX_ROWS = 32
+# Of one call: accumulators of more would not stay in registers.
+MOST_ROWS = 32
 
 
 def decode_matmul(
@@ -68,12 +70,16 @@ def decode_matmul_xla(
 def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
     from qwen_jax.kernels import _pallas_qmatmul
 
-    M, rows = x.shape[0], _padded_rows(x.shape[0])
-    x = jnp.pad(x, [(0, rows - M), (0, w.padded_size - w.in_size)])
+    M, rows = x.shape[0], _call_rows(x.shape[0])
+    calls = -(-M // rows)
+    x = jnp.pad(x, [(0, calls * rows - M), (0, w.padded_size - w.in_size)])
     tiling = tiling_for(rows, w.rows, w.padded_size, w.kind)
     index = jnp.asarray(layer, jnp.int32).reshape(1)
-    y = _pallas_qmatmul.split_matmul(index, x, w.codes, w.scale, tiling=tiling, kind=w.kind)
-    y = y[:, :M]
+    parts = [
+        _pallas_qmatmul.split_matmul(index, some, w.codes, w.scale, tiling=tiling, kind=w.kind)
+        for some in jnp.split(x, calls)
+    ]
+    y = jnp.concatenate(parts, axis=1)[:, :M]
     if w.kind == "int8":
         y = y * jax.lax.dynamic_index_in_dim(w.scale, layer, 0, keepdims=False)
     return y
@@ -90,12 +96,17 @@ def choose(x: jax.Array, w: PackedWeight) -> str:
 
 def _has_tiling(M: int, w: PackedWeight) -> bool:
     try:
-        tiling_for(_padded_rows(M), w.rows, w.padded_size, w.kind)
+        tiling_for(_call_rows(M), w.rows, w.padded_size, w.kind)
     except NotImplementedError:
         return False
     return True
 
 
-def _padded_rows(M: int) -> int:
-    """Up to 8 rows are one tile whose rest the kernel fills; more come in whole tiles."""
-    return M if M <= 8 else -(-M // 8) * 8
+def _call_rows(M: int) -> int:
+    """Rows of each call: up to 8 are one tile whose rest the kernel fills; more come in whole
+    tiles, and more than a call takes in several of one size, so that their parts match.
+    """
+    if M <= 8:
+        return M
+    calls = -(-M // MOST_ROWS)
+    return -(-M // (8 * calls)) * 8
