@@ -20,7 +20,8 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.kernels.qmatmul import Weight, qmatmul
+from qwen_jax.kernels.lora_matmul import lora_matmul
+from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
 from qwen_jax.quant import Layer, QTensor, QuantFormat
@@ -37,47 +38,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype) * weight
 
 
-def shrink(
-    x: jax.Array,  # [..., I]
-    pairs: list[Params],  # each with a [R, I]
-) -> list[jax.Array]:  # each [..., R]
-    """The narrow halves of LoRA for all weights that read the same x, as one product."""
-    a = jnp.concatenate([pair["a"] for pair in pairs])
-    low = jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))
-    return jnp.split(low, len(pairs), axis=-1)
-
-
-def linear(
-    x: jax.Array,  # [..., I]
-    w: Weight,  # [*O, I]
-    pair: Params | None = None,  # LoRA as `lora_layers` gives it: a [R, I], b [R, *O]
-    low: jax.Array | None = None,  # [..., R]: LoRA's narrow half, if it was made already
-    compute: str = "bf16",  # or "fp8" for the product with the frozen weight
-) -> jax.Array:  # [..., *O]
-    """The frozen weight, plus the low-rank correction if there is one."""
-    y = qmatmul(x, w, compute)
-    if pair is None:
-        return y
-    if low is None:
-        (low,) = shrink(x, [pair])
-    return y + jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
-
-
-def mlp_block(x: jax.Array, w: Params, lora: Params, linear=linear) -> jax.Array:
+def mlp_block(x: jax.Array, w: Params, lora: Params, multiply=lora_matmul) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        low_up = low_gate = None
-        if "up" in lora and "gate" in lora:
-            low_up, low_gate = shrink(x, [lora["up"], lora["gate"]])
-        up = checkpoint_name(linear(x, w["up"], lora.get("up"), low_up), UP)
-        gate = checkpoint_name(linear(x, w["gate"], lora.get("gate"), low_gate), GATE)
-        return linear(up * jax.nn.silu(gate), w["down"], lora.get("down"))
+        up, gate = multiply(x, (w["up"], w["gate"]), (lora.get("up"), lora.get("gate")))
+        up, gate = checkpoint_name(up, UP), checkpoint_name(gate, GATE)
+        (y,) = multiply(up * jax.nn.silu(gate), (w["down"],), (lora.get("down"),))
+        return y
 
 
-def project_qkv(x, w, lora, angles, logn, linear=linear) -> tuple[jax.Array, jax.Array, jax.Array]:
+def project_qkv(x, w, lora, angles, logn, multiply=lora_matmul):
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    qkv = checkpoint_name(linear(x, w["wqkv"], lora.get("wqkv")), QKV)  # [B, T, 3, N, H]
-    qkv = qkv + w["bqkv"]
+    (qkv,) = multiply(x, (w["wqkv"],), (lora.get("wqkv"),))
+    qkv = checkpoint_name(qkv, QKV) + w["bqkv"]  # [B, T, 3, N, H]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
@@ -85,9 +58,10 @@ def project_qkv(x, w, lora, angles, logn, linear=linear) -> tuple[jax.Array, jax
     return q, k, v
 
 
-def project_out(x: jax.Array, w: Params, lora: Params, linear=linear) -> jax.Array:
+def project_out(x: jax.Array, w: Params, lora: Params, multiply=lora_matmul) -> jax.Array:
     """x [B, T, N, H] -> [B, T, D]."""
-    return linear(x.reshape(*x.shape[:2], -1), w["wo"], lora.get("wo"))
+    (y,) = multiply(x.reshape(*x.shape[:2], -1), (w["wo"],), (lora.get("wo"),))
+    return y
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -209,20 +183,20 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return jax.lax.dot_general(hidden, head, dims, preferred_element_type=jnp.float32)
 
 
-def decoder_layer(cfg, x, w, low, angles, logn, attend, linear=linear):
+def decoder_layer(cfg, x, w, low, angles, logn, attend, multiply=lora_matmul):
     """One layer: x [B, T, D] -> x and whatever `attend(q, k, v) -> (y, kept)` keeps.
 
     w and low are this layer's weights and LoRA pairs; `attend` is the only thing in which a layer
-    with a cache differs from one without, `linear` that in which training in fp8 differs.
+    with a cache differs from one without, `multiply` that in which training in fp8 differs.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
     y = rms_norm(x, w["ln_1"], cfg.norm_eps)
-    q, k, v = project_qkv(y, w["attn"], low_attn, angles, logn, linear)
+    q, k, v = project_qkv(y, w["attn"], low_attn, angles, logn, multiply)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)
-    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, linear), RESIDUAL)
+    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, multiply), RESIDUAL)
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
-    return x + mlp_block(y, w["mlp"], low_mlp, linear), kept
+    return x + mlp_block(y, w["mlp"], low_mlp, multiply), kept
 
 
 def hidden_states(
@@ -253,7 +227,7 @@ def hidden_states(
     x = embed(params, tokens, mesh) if embedded is None else embedded
     pairs = _gather_pairs(cfg, lora_layers(lora, x.dtype), mesh)
     gather = _gather(cfg, params["layers"], mesh)
-    multiply = functools.partial(linear, compute=compute)
+    multiply = functools.partial(lora_matmul, compute=compute)
 
     def attend(q, k, v):
         return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None

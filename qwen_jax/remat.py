@@ -23,11 +23,12 @@ LEVELS = ("full", "attention", "selective", "none")
 # The names that the model gives to its intermediates (jax.ad_checkpoint.checkpoint_name).
 ATTENTION = "attention"
 QKV, RESIDUAL, UP, GATE = "qkv", "residual", "up", "gate"
+LOW = "low"  # LoRA's narrow products, a thousandth of the rest
 WEIGHT = "weight"
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": (ATTENTION,),
-    "selective": (ATTENTION, QKV, RESIDUAL, UP, GATE),
+    "selective": (ATTENTION, QKV, RESIDUAL, UP, GATE, LOW),
 }
 # cuDNN's forward pass as a primitive: its two outputs, attention and statistics, get no name.
 _FLASH_FORWARD = "dot_product_attention_fwd"
@@ -77,7 +78,7 @@ class Remat:
 def saved_values(cfg: ModelConfig, level: str) -> int:
     """How many activation values a layer of `level` keeps for a token, besides its input."""
     M, D, F = cfg.attention_size, cfg.hidden_size, cfg.ffn_size
-    sizes = {ATTENTION: M, QKV: 3 * M, RESIDUAL: D, UP: F, GATE: F}
+    sizes = {ATTENTION: M, QKV: 3 * M, RESIDUAL: D, UP: F, GATE: F, LOW: 0}
     return sum(sizes[name] for name in SAVED["selective" if level == "none" else level])
 
 

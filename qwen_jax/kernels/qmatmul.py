@@ -42,18 +42,23 @@ def _forward(x: jax.Array, w: Weight, compute: str):
     return qmatmul(x, w, compute), w
 
 
-def _backward(compute: str, w: Weight, g: jax.Array):  # g [..., *O]
+def input_gradient(
+    g: jax.Array,  # [..., *O]
+    w: Weight,  # [*O, I]
+    compute: str = "bf16",
+) -> jax.Array:  # [..., I]
+    """g @ W: what the backward pass of the product hands on."""
     outs = len(w.shape) - 1
     rows = g.shape[: g.ndim - outs]
     dims = (tuple(range(g.ndim - outs, g.ndim)), tuple(range(1, outs + 1)))
     if compute == "fp8":
-        return _fp8_product(g, rows, w, dims, turned=True), None
+        return _fp8_product(g, rows, w, dims, turned=True)
     # bf16 gains nothing from a turned weight (docs/benchmarks.md).
     dims = (dims[0], tuple(range(outs)))
-    return jax.lax.dot_general(g, _dense(w, g.dtype), (dims, ((), ()))), None
+    return jax.lax.dot_general(g, _dense(w, g.dtype), (dims, ((), ())))
 
 
-qmatmul.defvjp(_forward, _backward)
+qmatmul.defvjp(_forward, lambda compute, w, g: (input_gradient(g, w, compute), None))
 
 
 def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:

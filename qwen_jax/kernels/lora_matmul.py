@@ -1,0 +1,154 @@
+"""x @ W^T + (x @ a^T) @ b for frozen weights W that read the same x, and its gradients.
+
+The narrow products go over x once for all weights. Their results are kept for the backward pass by
+name; a token has a few hundred bytes of them. On one Hopper card in bfloat16 a kernel adds the wide
+product to the sums of the large one, forward (low @ b) and backward (the gradient of low @ a):
+apart, each of these writes as much as the large product itself and reads it again. Elsewhere, and
+for `fp8`, XLA adds them.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax.kernels.dequantize import dequantize
+from qwen_jax.kernels.hopper import on_hopper, say_once
+from qwen_jax.kernels.qmatmul import Weight, input_gradient, qmatmul
+from qwen_jax.quant import Layer
+from qwen_jax.remat import LOW
+
+Pair = dict[str, Any]  # a [R, I], b [R, *O]: as model.lora_layers gives it
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def lora_matmul(
+    x: jax.Array,  # [..., I]
+    weights: tuple[Weight, ...],  # each [*O, I]
+    pairs: tuple[Pair | None, ...],  # None: this weight has no low-rank correction
+    compute: str = "bf16",  # or "fp8" for the products with the frozen weights
+) -> tuple[jax.Array, ...]:  # each [..., *O]
+    """All products; the weights get no gradient."""
+    return _forward(x, weights, pairs, compute)[0]
+
+
+def _forward(x, weights, pairs, compute: str):
+    lows = narrow(x, pairs)
+    ys = tuple(
+        product(x, w, low, pair, compute) for w, low, pair in zip(weights, lows, pairs, strict=True)
+    )
+    return ys, (x, weights, pairs, lows)
+
+
+def _backward(compute: str, kept, gs: tuple[jax.Array, ...]):  # each [..., *O]
+    x, weights, pairs, lows = kept
+    rows = tuple(range(x.ndim - 1))
+    total, pair_gradients, slopes = None, [], []
+    for g, w, low, pair in zip(gs, weights, lows, pairs, strict=True):
+        slope = None
+        if pair is None:
+            pair_gradients.append(None)
+        else:
+            outs = tuple(range(x.ndim - 1, g.ndim))
+            inner = tuple(range(1, pair["b"].ndim))
+            slope = jax.lax.dot_general(g, pair["b"], ((outs, inner), ((), ())))  # [..., R]
+            b = jax.lax.dot_general(low, g, ((rows, rows), ((), ())))
+            pair_gradients.append({"b": b})
+        slopes.append(slope)
+        part = gradient(g, w, slope, pair, compute)
+        total = part if total is None else total + part
+    for own, a in zip(pair_gradients, _narrow_gradients(x, slopes), strict=True):
+        if own is not None:
+            own["a"] = a
+    return total, None, tuple(pair_gradients)
+
+
+lora_matmul.defvjp(_forward, _backward)
+
+
+def narrow(x: jax.Array, pairs: tuple[Pair | None, ...]) -> list[jax.Array | None]:
+    """x @ a^T for each pair, [..., R], as one product."""
+    present = [pair["a"] for pair in pairs if pair is not None]
+    if not present:
+        return [None] * len(pairs)
+    low = jax.lax.dot_general(x, jnp.concatenate(present), (((x.ndim - 1,), (1,)), ((), ())))
+    low = checkpoint_name(low, LOW)
+    ends = [sum(len(a) for a in present[: i + 1]) for i in range(len(present) - 1)]
+    lows = iter(jnp.split(low, ends, axis=-1))
+    return [None if pair is None else next(lows) for pair in pairs]
+
+
+def _narrow_gradients(x: jax.Array, slopes: list[jax.Array | None]) -> list[jax.Array | None]:
+    """slope^T @ x for each, [R, I], as one product."""
+    present = [slope for slope in slopes if slope is not None]
+    if not present:
+        return slopes
+    rows = tuple(range(x.ndim - 1))
+    joined = jax.lax.dot_general(jnp.concatenate(present, -1), x, ((rows, rows), ((), ())))
+    ends = [sum(s.shape[-1] for s in present[: i + 1]) for i in range(len(present) - 1)]
+    parts = iter(jnp.split(joined, ends))
+    return [None if slope is None else next(parts) for slope in slopes]
+
+
+def product(
+    x: jax.Array,  # [..., I]
+    w: Weight,  # [*O, I]
+    low: jax.Array | None,  # [..., R]
+    pair: Pair | None,
+    compute: str,
+) -> jax.Array:  # [..., *O]
+    """x @ W^T + low @ b."""
+    if pair is None:
+        return qmatmul(x, w, compute)
+    *out, I = w.shape
+    if _fused(x, w, math.prod(out), I, low, compute):
+        b = pair["b"].reshape(len(pair["b"]), -1)
+        y = _gemm(x.reshape(-1, I), dequantize(w, x.dtype).reshape(-1, I), low, b, turned=False)
+        return y.reshape(*x.shape[:-1], *out)
+    wide = jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
+    return qmatmul(x, w, compute) + wide
+
+
+def gradient(
+    g: jax.Array,  # [..., *O]
+    w: Weight,  # [*O, I]
+    slope: jax.Array | None,  # [..., R]: the gradient of low
+    pair: Pair | None,
+    compute: str,
+) -> jax.Array:  # [..., I]
+    """g @ W + slope @ a."""
+    if pair is None:
+        return input_gradient(g, w, compute)
+    *out, I = w.shape
+    rows = g.shape[: g.ndim - len(out)]
+    if _fused(g, w, I, math.prod(out), slope, compute):
+        flat = g.reshape(math.prod(rows), -1)
+        dense = dequantize(w, g.dtype).reshape(-1, I)
+        return _gemm(flat, dense, slope, pair["a"], turned=True).reshape(*rows, I)
+    wide = jax.lax.dot_general(slope, pair["a"], (((slope.ndim - 1,), (0,)), ((), ())))
+    return input_gradient(g, w, compute) + wide
+
+
+def _gemm(x, dense, low, b, *, turned: bool) -> jax.Array:
+    from qwen_jax.kernels import _pallas_gemm
+
+    return _pallas_gemm.gemm(x, dense, low.reshape(len(x), -1), b, turned=turned)
+
+
+def _fused(x: jax.Array, w: Weight, N: int, K: int, low: jax.Array, compute: str) -> bool:
+    """Whether the kernel serves a product with N columns over K inputs; says so."""
+    if compute != "bf16" or not isinstance(w, Layer) or not on_hopper(x.dtype):
+        return False
+    from qwen_jax.kernels import _pallas_gemm
+
+    R = low.shape[-1]
+    try:
+        _pallas_gemm.check(x.size // K, N, K, R)
+    except NotImplementedError as e:
+        say_once(f"products with LoRA over {N} x {K} run on xla ({e})")
+        return False
+    say_once(f"products with LoRA over {N} x {K} run on mosaic")
+    return True
