@@ -51,7 +51,8 @@ def project_qkv(x, w, lora, angles, logn, multiply=lora_matmul):
     """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
     (qkv,) = multiply(x, (w["wqkv"],), (lora.get("wqkv"),))
     qkv = checkpoint_name(qkv, QKV) + w["bqkv"]  # [B, T, 3, N, H]
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    # A split, because its gradient is one concatenation; that of slices is a sum of padded arrays.
+    q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
         q = q * logn.astype(q.dtype)

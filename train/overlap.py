@@ -32,6 +32,9 @@ _PIPELINE = _SCHEDULE | {
     "xla_gpu_enable_pipelined_all_gather": True,
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
+# On one device it would fuse a kernel of ours with the copy of its result to where a loop keeps it,
+# and run it a second time for whoever else reads that result.
+_ONE_DEVICE: dict[str, bool | int] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _OPTIONS: dict[str, dict[str, bool | int]] = {
     "none": {},
     "schedule": _SCHEDULE,
@@ -42,15 +45,16 @@ _log = logging.getLogger(__name__)
 
 
 def compiler_options(mesh: Mesh, overlap: str = "auto") -> dict[str, bool | int]:
-    """Options for jax.jit of a step over `mesh`; none on one device, or on anything but GPUs.
+    """Options for jax.jit of a step over `mesh`; none on anything but GPUs.
 
     `auto` is `schedule`. An option that this jaxlib does not know is left out, and said.
     """
     if overlap not in OVERLAP:
         raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
-    if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
+    if mesh.devices.flat[0].platform != "gpu":
         return {}
     chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
+    chosen = _ONE_DEVICE if mesh.size == 1 else chosen
     return {name: value for name, value in chosen.items() if known(name, value)}
 
 

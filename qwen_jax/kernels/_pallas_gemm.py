@@ -1,12 +1,13 @@
 """Mosaic GPU body of the product in front of which training dequantizes a weight, with LoRA in it.
 
-    y [M, N] = x [M, K] @ w^T + low [M, R] @ b [R, N]
+    y [M, N] = (x [M, K] @ w^T + low [M, R] @ b [R, N]) * scale [M]
 
 A thread block has one warpgroup that loads tiles and two that multiply half of its rows each. The
 two blocks of a cluster are neighbours, and share the tiles that both need. Blocks stay and make one
 piece of y after the other; the next one is loaded while the last one is stored. The low-rank term
 is one more multiplication at the end of a piece, which costs nothing: by itself it would write y,
-and the large product would read it again.
+and the large product would read it again. x and w are bfloat16, or both e4m3, and then the scale is
+what a row of codes was divided by.
 """
 
 import dataclasses
@@ -47,10 +48,11 @@ class Tiling:
 
 
 def gemm(
-    x: jax.Array,  # bfloat16 [M, K]
-    w: jax.Array,  # bfloat16 [N, K], or [K, N] if `turned`
+    x: jax.Array,  # bfloat16 or float8_e4m3fn [M, K]
+    w: jax.Array,  # the same, [N, K]; bfloat16 [K, N] if `turned`
     low: jax.Array | None = None,  # bfloat16 [M, R]
     b: jax.Array | None = None,  # bfloat16 [R, N]
+    scale: jax.Array | None = None,  # float32 [M]
     *,
     turned: bool = False,
     tiling: Tiling | None = None,
@@ -62,21 +64,24 @@ def gemm(
     N = w.shape[1] if turned else w.shape[0]
     R = 0 if low is None else low.shape[1]
     t = check(M, N, K, R, tiling)
-    body = Body(M=M, N=N, K=K, R=_padded_rank(R), turned=turned, tiling=t)
+    body = Body(
+        M=M, N=N, K=K, R=_padded_rank(R), turned=turned, scaled=scale is not None, tiling=t,
+        dtype=x.dtype,
+    )  # fmt: skip
     run = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((M, N), x.dtype),
+        out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
         grid=(min(blocks // t.cluster, body.pieces),),
         grid_names=("cluster_grid",),
         cluster=(t.cluster,),
         cluster_names=("cluster",),
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
-        scratch_types=body.scratch(x.dtype),
+        scratch_types=body.scratch(),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **({} if interpret is None else {"interpret": interpret}),
     )
-    return run(x, w) if low is None else run(x, w, low, b)
+    return run(*(a for a in (x, w, low, b, scale) if a is not None))
 
 
 def check(M: int, N: int, K: int, R: int, tiling: Tiling | None = None) -> Tiling:
@@ -85,10 +90,10 @@ def check(M: int, N: int, K: int, R: int, tiling: Tiling | None = None) -> Tilin
     if R > 16:  # room for the tiles of the low-rank term
         t = dataclasses.replace(t, stages=min(t.stages, 3))
     rows, columns = t.step
-    if M % rows or N % columns or K % (_LINE // 2):
+    if M % rows or N % columns or K % _LINE:
         raise NotImplementedError(
             f"a product of {M} x {K} with {N} x {K} is not cut by tiles of "
-            f"{rows} x {columns} x {_LINE // 2}"
+            f"{rows} x {columns} x {_LINE}"
         )
     if R % 8 or max(_RANKS) < R:
         raise NotImplementedError(f"a low-rank term of rank {R}; expected 8, 16 .. {max(_RANKS)}")
@@ -109,7 +114,9 @@ class Body:
     K: int
     R: int  # padded
     turned: bool
+    scaled: bool
     tiling: Tiling
+    dtype: jnp.dtype  # of x and w
 
     @property
     def pieces(self) -> int:
@@ -120,15 +127,20 @@ class Body:
     @property
     def _steps(self) -> int:
         """Along k, of a piece."""
-        return self.K // (_LINE // 2)
+        return self.K // self._k
 
-    def scratch(self, dtype) -> dict:
+    @property
+    def _k(self) -> int:
+        """Values of a line of a tile."""
+        return _LINE // jnp.dtype(self.dtype).itemsize
+
+    def scratch(self) -> dict:
         """Shared memory and barriers, by the names under which the methods below take them."""
-        t, size = self.tiling, jnp.dtype(dtype).itemsize
-        k, rows = _LINE // size, _CONSUMERS * t.rows
+        t, k, rows = self.tiling, self._k, _CONSUMERS * self.tiling.rows
 
-        def tile(*shape: int, slots=(), line: int = 0):
+        def tile(*shape: int, slots=(), line: int = 0, dtype=jnp.bfloat16):
             # How wgmma and the copy engine want it: in blocks of eight lines, swizzled.
+            size = jnp.dtype(dtype).itemsize
             swizzle = plgpu.find_swizzle((line or shape[-1]) * size * 8)
             order = (
                 plgpu.TilingTransform((8, swizzle // size)),
@@ -152,9 +164,10 @@ class Body:
                 "pair_full": plgpu.Barrier(num_arrivals=2),
                 "pair_empty": plgpu.Barrier(**used),
             }
+        w_tile = (k, t.columns) if self.turned else (t.columns, k)
         return {
-            "x_tile": tile(rows, k, slots=(t.stages,)),
-            "w_tile": tile(*((k, t.columns) if self.turned else (t.columns, k)), slots=(t.stages,)),
+            "x_tile": tile(rows, k, slots=(t.stages,), dtype=self.dtype),
+            "w_tile": tile(*w_tile, slots=(t.stages,), dtype=self.dtype),
             "y_tile": tile(64, t.store, slots=(_CONSUMERS, t.stores)),
             "full": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages),
             "empty": empty,
@@ -162,7 +175,8 @@ class Body:
         }
 
     def __call__(self, x, w, *refs, **scratch) -> None:
-        *pair, y = refs
+        *refs, y = refs
+        *pair, scale = refs if self.scaled else (*refs, None)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == _CONSUMERS)
@@ -173,7 +187,7 @@ class Body:
         @pl.when(warpgroup < _CONSUMERS)
         def _():
             plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-            self._multiply_all(warpgroup, y, **scratch)
+            self._multiply_all(warpgroup, scale, y, **scratch)
 
     def _each_piece(self, make) -> None:
         """make(number of the piece among those of this block, first row, first column)."""
@@ -196,7 +210,7 @@ class Body:
         self, x, w, low=None, b=None, *, x_tile, w_tile, full, empty,
         low_tile=None, b_tile=None, pair_full=None, pair_empty=None, **_,
     ) -> None:  # fmt: skip
-        t, k = self.tiling, x_tile.shape[-1]
+        t, k = self.tiling, self._k
         both = {"collective_axes": "cluster"} if t.cluster > 1 else {}
         x_for, w_for = (both, {}) if t.share_x else ({}, both)
 
@@ -241,7 +255,7 @@ class Body:
             plgpu.barrier_wait(pair_empty)
 
     def _multiply_all(
-        self, warpgroup, y, *, x_tile, w_tile, y_tile, full, empty,
+        self, warpgroup, scale, y, *, x_tile, w_tile, y_tile, full, empty,
         low_tile=None, b_tile=None, pair_full=None, pair_empty=None,
     ) -> None:  # fmt: skip
         t = self.tiling
@@ -251,6 +265,13 @@ class Body:
             plgpu.barrier_arrive(empty.at[lax.rem(count, t.stages)])
 
         def piece(sums, number, row, column):
+            first = row + warpgroup * t.rows
+            if self.scaled:  # on its way early: it is needed last
+                factor = plgpu.load(
+                    scale, (pl.ds(first, t.rows),), layout=plgpu.Layout.WGMMA.reduce(1),
+                    optimized=False,
+                )  # fmt: skip
+
             def step(i, _):
                 count = number * self._steps + i
                 slot = lax.rem(count, t.stages)
@@ -272,8 +293,10 @@ class Body:
                 plgpu.wgmma(sums, low_tile.at[own], b_tile)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(pair_empty)
-            first = row + warpgroup * t.rows
-            self._store(sums[...].astype(y.dtype), y, first, column, y_tile.at[warpgroup])
+            values = sums[...]
+            if self.scaled:
+                values *= lax.broadcast_in_dim(factor, values.shape, (0,))
+            self._store(values.astype(y.dtype), y, first, column, y_tile.at[warpgroup])
 
         def make(*at):
             accumulator = plgpu.ACC((t.rows, t.columns), jnp.float32)

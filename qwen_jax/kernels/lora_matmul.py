@@ -1,10 +1,10 @@
 """x @ W^T + (x @ a^T) @ b for frozen weights W that read the same x, and its gradients.
 
 The narrow products go over x once for all weights. Their results are kept for the backward pass by
-name; a token has a few hundred bytes of them. On one Hopper card in bfloat16 a kernel adds the wide
-product to the sums of the large one, forward (low @ b) and backward (the gradient of low @ a):
-apart, each of these writes as much as the large product itself and reads it again. Elsewhere, and
-for `fp8`, XLA adds them.
+name; a token has a few hundred bytes of them. On one Hopper card a kernel adds the wide product to
+the sums of the large one, forward (low @ b) and backward (slope @ a, where slope is the gradient of
+low): apart, each of these writes as much as the large product itself and reads it again. For `fp8`
+it also multiplies by the units of rows and weight. Elsewhere XLA does all that.
 """
 
 import functools
@@ -17,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.kernels.dequantize import dequantize
 from qwen_jax.kernels.hopper import on_hopper, say_once
-from qwen_jax.kernels.qmatmul import Weight, input_gradient, qmatmul
+from qwen_jax.kernels.qmatmul import Weight, fp8_weight, input_gradient, qmatmul
+from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.quant import Layer
 from qwen_jax.remat import LOW
 
@@ -104,9 +105,9 @@ def product(
     if pair is None:
         return qmatmul(x, w, compute)
     *out, I = w.shape
-    if _fused(x, w, math.prod(out), I, low, compute):
+    if _fused(x, w, math.prod(out), I, low):
         b = pair["b"].reshape(len(pair["b"]), -1)
-        y = _gemm(x.reshape(-1, I), dequantize(w, x.dtype).reshape(-1, I), low, b, turned=False)
+        y = _gemm(x.reshape(-1, I), w, low, b, compute, backward=False)
         return y.reshape(*x.shape[:-1], *out)
     wide = jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
     return qmatmul(x, w, compute) + wide
@@ -115,7 +116,7 @@ def product(
 def gradient(
     g: jax.Array,  # [..., *O]
     w: Weight,  # [*O, I]
-    slope: jax.Array | None,  # [..., R]: the gradient of low
+    slope: jax.Array | None,  # [..., R]
     pair: Pair | None,
     compute: str,
 ) -> jax.Array:  # [..., I]
@@ -123,30 +124,45 @@ def gradient(
     if pair is None:
         return input_gradient(g, w, compute)
     *out, I = w.shape
-    rows = g.shape[: g.ndim - len(out)]
-    if _fused(g, w, I, math.prod(out), slope, compute):
-        flat = g.reshape(math.prod(rows), -1)
-        dense = dequantize(w, g.dtype).reshape(-1, I)
-        return _gemm(flat, dense, slope, pair["a"], turned=True).reshape(*rows, I)
+    if _fused(g, w, I, math.prod(out), slope):
+        flat = g.reshape(-1, math.prod(out))
+        y = _gemm(flat, w, slope, pair["a"], compute, backward=True)
+        return y.reshape(*g.shape[: g.ndim - len(out)], I)
     wide = jax.lax.dot_general(slope, pair["a"], (((slope.ndim - 1,), (0,)), ((), ())))
     return input_gradient(g, w, compute) + wide
 
 
-def _gemm(x, dense, low, b, *, turned: bool) -> jax.Array:
+def _gemm(
+    x: jax.Array,  # [M, K]
+    w: Layer,
+    low: jax.Array,  # [..., R]
+    b: jax.Array,  # [R, N]
+    compute: str,
+    *,
+    backward: bool,  # K are the outputs of the weight, N its inputs
+) -> jax.Array:  # [M, N]
     from qwen_jax.kernels import _pallas_gemm
 
-    return _pallas_gemm.gemm(x, dense, low.reshape(len(x), -1), b, turned=turned)
+    low = low.reshape(len(x), -1)
+    if compute == "fp8":
+        codes, step = quantize_rows(x)
+        weight, unit = fp8_weight(w, turned=backward)
+        scale = step * unit
+        # The kernel scales the whole sum, so the low-rank term comes divided by it.
+        low = (low.astype(jnp.float32) / scale[:, None]).astype(x.dtype)
+        return _pallas_gemm.gemm(codes, weight.reshape(b.shape[1], -1), low, b, scale)
+    dense = dequantize(w, x.dtype).reshape(-1, w.shape[-1])
+    return _pallas_gemm.gemm(x, dense, low, b, turned=backward)
 
 
-def _fused(x: jax.Array, w: Weight, N: int, K: int, low: jax.Array, compute: str) -> bool:
+def _fused(x: jax.Array, w: Weight, N: int, K: int, low: jax.Array) -> bool:
     """Whether the kernel serves a product with N columns over K inputs; says so."""
-    if compute != "bf16" or not isinstance(w, Layer) or not on_hopper(x.dtype):
+    if not isinstance(w, Layer) or not on_hopper(x.dtype):
         return False
     from qwen_jax.kernels import _pallas_gemm
 
-    R = low.shape[-1]
     try:
-        _pallas_gemm.check(x.size // K, N, K, R)
+        _pallas_gemm.check(x.size // K, N, K, low.shape[-1])
     except NotImplementedError as e:
         say_once(f"products with LoRA over {N} x {K} run on xla ({e})")
         return False

@@ -65,7 +65,7 @@ def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
     return dequantize(w, dtype) if isinstance(w, QTensor | Layer) else w.astype(dtype)
 
 
-def _fp8_weight(w: Weight, turned: bool = False) -> tuple[jax.Array, jax.Array]:
+def fp8_weight(w: Weight, turned: bool = False) -> tuple[jax.Array, jax.Array]:
     """The weight in e4m3, [*O, I] or [I, *O], and the unit that its values are multiples of."""
     if isinstance(w, QTensor | Layer):
         unit = largest(w) / FP8_MAX
@@ -82,7 +82,7 @@ def _fp8_product(
     dims: tuple[tuple[int, ...], tuple[int, ...]],  # contracted axes of x and of the weight
     turned: bool = False,
 ) -> jax.Array:
-    weight, unit = _fp8_weight(w, turned)
+    weight, unit = fp8_weight(w, turned)
     # A weight is a `Layer` on one device only; kernels cannot be cut over several.
     implementation = None if isinstance(w, Layer) else "xla"
     flat = x.reshape(math.prod(rows), -1)
