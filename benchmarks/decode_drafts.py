@@ -28,7 +28,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.drafts import NGRAM, Text
 
 # Over the largest sum that random layers reach, so that they do not decide the answer.
-EMBEDDING = 2.0**14
+EMBEDDING = 2.0**30
 TEXTS = ("repeats", "new", "wrong")
 
 
