@@ -12,9 +12,16 @@ from qwen_jax.cache import init_cache, key_units
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul
-from qwen_jax.kernels.packing import pack, pack_layer, unpack_layer
+from qwen_jax.kernels.packing import can_pack, pack, pack_layer, unpack_layer
 from qwen_jax.params import init_params
-from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
+from qwen_jax.quant import (
+    QTensor,
+    QuantFormat,
+    dequantize,
+    group_scales,
+    quantize,
+    quantize_heads,
+)
 
 INT4 = QuantFormat.named("int4")
 CFG = ModelConfig(
@@ -25,12 +32,17 @@ CFG = ModelConfig(
 
 def stack(key, kind, L, *shape):
     w = jax.random.normal(jax.random.key(key), (L, *shape))
+    if kind == "bf16":
+        return w.astype(jnp.bfloat16)
     parts = [quantize(w[i], QuantFormat.named(kind)) for i in range(L)]
     return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
 
 
-def one_layer(q, index):
-    return dequantize(jax.tree.map(lambda x: x[index], q), jnp.float32)
+def one_layer(w, index):
+    layer = jax.tree.map(lambda x: x[index], w)
+    if isinstance(layer, QTensor):
+        return dequantize(layer, jnp.float32)
+    return layer.astype(jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
@@ -43,6 +55,28 @@ def test_packing_loses_nothing_and_pads_with_zeros(kind, size):
         w[:, :size], dequantize(q, jnp.float32), rtol=2**-11 if kind == "nf4" else 0
     )
     assert w.shape[1] % 256 == 0 and not w[:, size:].any()
+
+
+@pytest.mark.parametrize("size", [128, 8, 600])
+def test_packed_bfloat16_keeps_every_bit(size):
+    # Bit patterns of all kinds, subnormal numbers and infinities too; not NaN, whose payload a CPU
+    # may drop.
+    bits = (jnp.arange(48 * size, dtype=jnp.uint32) * 40503).astype(jnp.uint16).reshape(48, size)
+    bits = jnp.where((bits & 0x7FFF) > 0x7F80, bits & 0xFF80, bits)
+    values, scale = pack_layer(bits.view(jnp.bfloat16), None, "bf16")
+    assert scale is None and values.shape == (3, -(-size // 128) * 8, 32, 8)
+    got = unpack_layer(values, None, "bf16", jnp.bfloat16).view(jnp.uint16)
+    np.testing.assert_array_equal(got[:, :size], bits)
+    assert not got[:, size:].any()
+
+
+def test_what_cannot_be_packed_is_refused():
+    for wrong in (jnp.zeros((2, 32, 128)), jnp.zeros((2, 24, 128), jnp.bfloat16)):
+        assert not can_pack(wrong)
+        with pytest.raises(NotImplementedError, match=f"packing as bf16 .* {wrong.dtype}"):
+            pack(wrong)
+    with pytest.raises(NotImplementedError):
+        pack(jnp.zeros((2, 32, 128), jnp.bfloat16), stack(0, "int8", 2, 32, 128))
 
 
 def test_a_word_holds_the_operand_of_one_tensor_core_product():
@@ -61,7 +95,18 @@ def test_a_word_holds_the_operand_of_one_tensor_core_product():
             assert value >> (4 * register + 16) & 15 == codes[row, first + k + 1]
 
 
-@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+def test_16_bytes_of_bfloat16_are_such_an_operand():
+    # In the order of a lane's bytes: the four inputs of row g, then those of row g + 8.
+    data = np.random.default_rng(0).normal(size=(16, 128)).astype(jnp.bfloat16)
+    values, _ = pack_layer(jnp.asarray(data), None, "bf16")
+    for unit, lane in [(0, 0), (3, 17), (7, 31), (4, 6)]:
+        g, t, b, h = lane // 4, lane % 4, unit // 2, unit % 2
+        four = slice(32 * b + 8 * t + 4 * h, 32 * b + 8 * t + 4 * h + 4)
+        np.testing.assert_array_equal(values[0, unit, lane, :4], data[g, four])
+        np.testing.assert_array_equal(values[0, unit, lane, 4:], data[g + 8, four])
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
 def test_product_with_one_layer_of_a_packed_stack(kind):
     q = stack(1, kind, 3, 2, 24, 256)
     w = pack(q)
