@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.kernels.packing import UNITS, PackedWeight, slice_layout
+from qwen_jax.kernels.packing import UNITS, PackedWeight, padded_inputs, slice_layout
 from qwen_jax.kernels.tilings import FORMATS
 from qwen_jax.packed_params import CUT, head_layout
 from qwen_jax.params import EMBEDDING_AXES, HEAD_AXES
@@ -95,8 +95,8 @@ def packed_weight(
 ) -> PackedWeight:
     """Random codes [L, *out, size] with one scale for all, or random values."""
     rows, unit = math.prod(out) // 16, FORMATS[kind].unit
-    chunks = -(-size // (unit * UNITS))
-    lanes = (rows, chunks * UNITS, 32)
+    units = padded_inputs(size, kind) // unit
+    lanes = (rows, units, 32)
 
     def layer(key: jax.Array) -> jax.Array:
         if kind == "bf16":
@@ -110,7 +110,7 @@ def packed_weight(
         scale = jnp.full((L, rows * 16), _SCALES[kind], jnp.float32)
     else:
         loads = (2,) if kind == "nf4" else ()
-        scale = jnp.full((L, rows, chunks, *loads, 8, 8), _SCALES[kind], jnp.float16)
+        scale = jnp.full((L, rows, units // UNITS, *loads, 8, 8), _SCALES[kind], jnp.float16)
     return PackedWeight(codes=codes, scale=scale, out_shape=out, in_size=size, kind=kind)
 
 

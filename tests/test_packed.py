@@ -1,6 +1,8 @@
 """The decoder on packed weights against the ordinary one, and the parts it is made of."""
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,12 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import Engine
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul
-from qwen_jax.kernels.packing import can_pack, pack, pack_layer, unpack_layer
+from qwen_jax.kernels.packing import can_pack, pack, pack_layer, padded_inputs, unpack_layer
+from qwen_jax.kernels.tilings import FORMATS, tiling_for
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 from qwen_jax.sampling import SamplingParams
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CFG = ModelConfig(
     vocab_size=96, hidden_size=128, num_layers=3, num_heads=2, head_dim=64, ffn_size=384,
     seq_length=16, use_dynamic_ntk=True, use_logn_attn=True,
@@ -49,6 +53,21 @@ def test_packed_bfloat16_keeps_every_bit(size):
     got = unpack_layer(values, None, "bf16", jnp.bfloat16).view(jnp.uint16)
     np.testing.assert_array_equal(got[:, :size], bits)
     assert not got[:, size:].any()
+
+
+@pytest.mark.parametrize("name", ["qwen_1_8b", "qwen_7b", "qwen_14b", "qwen_72b"])
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
+def test_every_weight_of_the_real_models_has_a_tiling(name, kind):
+    """For all rows that the kernel takes, on one card; thread blocks for half of it or more."""
+    cfg = ModelConfig.from_hf(json.loads((CONFIGS / f"{name}.json").read_text()))
+    D, F, A = cfg.hidden_size, cfg.ffn_size, cfg.attention_size
+    for N, size in ((3 * A, D), (D, A), (2 * F, D), (D, F)):
+        K = padded_inputs(size, kind)
+        assert size <= K < 1.05 * size
+        for M in (1, 8, 16, 24, 32):
+            tiling = tiling_for(M, N, K, kind)
+            tiling.check(N, K, FORMATS[kind].chunk)
+            assert N // tiling.rows * tiling.splits >= 64, (N, K, M, tiling)
 
 
 def test_what_cannot_be_packed_is_refused():
