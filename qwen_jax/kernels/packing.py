@@ -63,9 +63,9 @@ class PackedWeight:
 
 
 def padded_inputs(in_size: int, kind: str) -> int:
-    """Inputs of the packed weight: whole chunks, so many that 4 to 16 parts of k have as many each.
+    """Inputs of the packed weight: whole chunks, and k can be cut into 4 to 16 parts of as many.
 
-    With the 107 chunks of the down projection of 14B in bf16 no k could be split; 108 are 1 % more
+    The 107 chunks of the down projection of 14B in bf16 cannot be cut at all; 108 are 1 % more
     bytes. Four chunks or less are small enough for one part.
     """
     chunk = _UNIT[kind] * UNITS
@@ -118,6 +118,8 @@ def _rows(
     w: Stack,  # one layer [*O, I]
     factor: jax.Array | None,  # [*O]
 ) -> tuple[jax.Array, jax.Array | None]:  # data [N, ...], scale [N, groups], as pack_layer has them
+    """One layer with an axis for all outputs, which are multiplied by the factor."""
+
     def rows(x: jax.Array) -> jax.Array:
         return x.reshape(math.prod(w.shape[:-1]), -1)
 
