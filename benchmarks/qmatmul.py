@@ -1,9 +1,10 @@
-"""Bandwidth of the few-row 4-bit product on the layer shapes of Qwen-72B, beside the card's own.
+"""Bandwidth of the few-row product on the layer shapes of Qwen-72B, beside the card's own.
 
     python -m benchmarks.qmatmul             the tilings in use, timed inside one program
     python -m benchmarks.qmatmul --sweep     candidate tilings, device time of the kernel alone
     python -m benchmarks.qmatmul --crossover --rows 8 16 24 32 48 64 128    where a GEMM on
-                                             dequantized weights is as fast as the kernel
+                                             unpacked weights is as fast as the kernel
+    python -m benchmarks.qmatmul --kinds int8 bf16    other formats than int4, for each of these
 
 Weights are a random stack, larger than the card's cache. Bytes are those of codes and scales. One
 program goes through the whole stack many times; its time includes the sum over the parts of k and
@@ -19,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.random_weights import packed_weight
 from qwen_jax.cli import parse, run
 from qwen_jax.kernels._pallas_qmatmul import split_matmul
 from qwen_jax.kernels.decode_matmul import decode_parts
-from qwen_jax.kernels.packing import PackedWeight, pack_layer
-from qwen_jax.kernels.tilings import FORMATS, Tiling, tiling_for
-from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize
+from qwen_jax.kernels.packing import PackedWeight, pack
+from qwen_jax.kernels.tilings import Tiling, tiling_for
+from qwen_jax.params import tree_bytes
+from qwen_jax.quant import QuantFormat, dequantize, quantize
 
 SHAPES = {
     "qkv": (24576, 8192),
@@ -37,14 +40,14 @@ LAYERS = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Times the few-row int4 product."""
+    """Times the few-row product."""
 
     rows: tuple[int, ...] = (1, 8, 16)  # rows of activations
-    kinds: tuple[str, ...] = ("int4",)  # int4, nf4, int8
+    kinds: tuple[str, ...] = ("int4",)  # int4, nf4, int8, bf16
     shapes: tuple[str, ...] = tuple(SHAPES)
     tensor: int = 1  # one device's slice of the shapes on a mesh with tensor=N
     sweep: bool = False  # try candidate tilings instead of the tuned ones
-    crossover: bool = False  # the kernel beside dequantization and a GEMM
+    crossover: bool = False  # the kernel beside unpacking and a GEMM
     seconds: float = 150.0  # a sweep stops after this
 
 
@@ -75,15 +78,11 @@ def cut_shape(name: str, tensor: int) -> tuple[int, int]:
     return (N, K // tensor) if name in ("wo", "down") else (N // tensor, K)
 
 
-def random_stack(N: int, K: int, kind: str = "int4") -> tuple[jax.Array, jax.Array]:
-    key = jax.random.key(1, impl="rbg")
-    unit = FORMATS[kind].unit
-    codes = jax.random.bits(key, (LAYERS, N // 16, K // unit, 32, 4), jnp.uint32)
-    if kind == "int8":
-        return codes, jax.random.uniform(key, (LAYERS, N), jnp.float32, 0.001, 0.002)
-    loads = (2,) if kind == "nf4" else ()
-    shape = (LAYERS, N // 16, K // 512, *loads, 8, 8)
-    return codes, jax.random.uniform(key, shape, jnp.float32, 0.001, 0.002).astype(jnp.float16)
+def random_stack(N: int, K: int, kind: str) -> tuple[jax.Array, jax.Array | None, float]:
+    """Codes and scales of all layers, and the bytes of one."""
+    make = jax.jit(lambda key: packed_weight(kind, LAYERS, (N,), K, key))
+    w = make(jax.random.key(1, impl="rbg"))
+    return w.codes, w.scale, tree_bytes(w) / LAYERS
 
 
 def ceiling() -> float:
@@ -137,31 +136,34 @@ def program_seconds(fn, x, codes, scale) -> float:
 
 def relative_error(fn, M: int, N: int, K: int, kind: str) -> float:
     w = jax.random.normal(jax.random.key(3), (N, K)) * 0.02
-    q = quantize(w, QuantFormat.named(kind))
-    pack = jax.jit(pack_layer, static_argnums=2)
-    codes, scale = (a[None] for a in pack(q.data, group_scales(q), kind))
+    if kind == "bf16":
+        w = w.astype(jnp.bfloat16)
+        dense = w.astype(jnp.float32)
+    else:
+        w = quantize(w, QuantFormat.named(kind))
+        dense = dequantize(w, jnp.float32)
+    packed = jax.jit(pack)(jax.tree.map(lambda a: a[None], w))
     x = jax.random.normal(jax.random.key(4), (M, K)).astype(jnp.bfloat16)
-    out = fn(jnp.zeros((1,), jnp.int32), x, codes, scale).sum(0)
+    out = fn(jnp.zeros((1,), jnp.int32), x, packed.codes, packed.scale).sum(0)
     if kind == "int8":
-        out = out * scale[0]
+        out = out * packed.scale[0]
     with jax.default_matmul_precision("highest"):
-        want = x.astype(jnp.float32) @ dequantize(q, jnp.float32).T
+        want = x.astype(jnp.float32) @ dense.T
     return float(jnp.linalg.norm(out - want) / jnp.linalg.norm(want))
 
 
 def sweep(args: Args) -> None:
     began = time.perf_counter()
-    for name in args.shapes:
+    for kind, name in itertools.product(args.kinds, args.shapes):
         N, K = cut_shape(name, args.tensor)
-        codes, scale = random_stack(N, K)
-        size = (codes.nbytes + scale.nbytes) / LAYERS
+        codes, scale, size = random_stack(N, K, kind)
         for candidate in SWEEP[name]:
             blocks, warps, splits, ahead = candidate
             tiling = Tiling(blocks=blocks, warps=warps, splits=splits, ahead=ahead)
-            line = f"{name} {candidate}"
+            line = f"{kind} {name} {candidate}"
             for M in args.rows:
                 x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
-                fn = functools.partial(split_matmul, tiling=tiling)
+                fn = functools.partial(split_matmul, tiling=tiling, kind=kind)
                 try:
                     seconds = kernel_seconds(fn, x, codes, scale)
                     line += f" | M={M} {seconds * 1e6:.1f} us {size / seconds / 1e12:.2f}"
@@ -177,8 +179,7 @@ def table(args: Args) -> None:
     print("format | shape | rows | tiling | us | TB/s | relative error")
     for kind, name in itertools.product(args.kinds, args.shapes):
         N, K = cut_shape(name, args.tensor)
-        codes, scale = random_stack(N, K, kind)
-        size = (codes.nbytes + scale.nbytes) / LAYERS
+        codes, scale, size = random_stack(N, K, kind)
         for M in args.rows:
             try:
                 tiling = tiling_for(M, N, K, kind)
@@ -208,7 +209,7 @@ def crossover(args: Args) -> None:
     print("format | shape | rows | mosaic us | xla us | xla / mosaic")
     for kind, name in itertools.product(args.kinds, args.shapes):
         N, K = cut_shape(name, args.tensor)
-        codes, scale = random_stack(N, K, kind)
+        codes, scale, _ = random_stack(N, K, kind)
         for M in args.rows:
             x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
             times = []

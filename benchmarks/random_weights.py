@@ -1,7 +1,7 @@
 """Random weights and a filled cache at full width, each device making its own part on the spot.
 
-What quantizing random weights would give, but at once: packed codes are random bits. One layer at a
-time, because the generator needs several times its output.
+What packing random weights would give, but at once: packed codes are random bits, and those of bf16
+random numbers. One layer at a time, because the generator needs several times its output.
 """
 
 import math
@@ -14,10 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.cache import KVCache, abstract_cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.kernels.packing import UNITS, PackedWeight, slice_layout
+from qwen_jax.kernels.packing import UNITS, PackedWeight, padded_inputs, slice_layout
 from qwen_jax.kernels.tilings import FORMATS
 from qwen_jax.packed_params import CUT, head_layout
-from qwen_jax.params import EMBEDDING_AXES, HEAD_AXES, init_params
+from qwen_jax.params import EMBEDDING_AXES, HEAD_AXES
 from qwen_jax.sharding import check_tensor_axis, partition_spec, tensor_size
 
 # Scales that give weights of about 0.02.
@@ -38,9 +38,7 @@ def born(make: Callable[[jax.Array], Any], layout: Any, mesh: Mesh | None) -> An
 
 
 def random_params(cfg: ModelConfig, kind: str, mesh: Mesh | None, int8_head: bool = False) -> dict:
-    """Packed weights of a kind, or plain ones for bf16."""
-    if kind == "bf16":
-        return init_params(cfg, jax.random.key(0), jnp.bfloat16, None, mesh)
+    """Packed weights of a kind."""
     tp, N, H = tensor_size(mesh), cfg.num_heads, cfg.head_dim
     L, D, F, V = cfg.num_layers, cfg.hidden_size, cfg.ffn_size, cfg.vocab_size
     if tp > 1:
@@ -88,24 +86,31 @@ def _devices(mesh: Mesh, axes: str | tuple[str, ...]) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def small_normal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def small_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape, jnp.bfloat16) * 0.02
 
 
 def packed_weight(
     kind: str, L: int, out: tuple[int, ...], size: int, key: jax.Array
 ) -> PackedWeight:
-    """Random codes [L, *out, size] with one scale for all."""
+    """Random codes [L, *out, size] with one scale for all, or random values."""
     rows, unit = math.prod(out) // 16, FORMATS[kind].unit
-    chunks = -(-size // (unit * UNITS))
-    shape = (rows, chunks * UNITS, 32, 4)
-    keys = jax.random.split(key, L)
-    codes = jax.lax.map(lambda key: jax.random.bits(key, shape, jnp.uint32), keys)
-    if kind == "int8":
+    units = padded_inputs(size, kind) // unit
+    lanes = (rows, units, 32)
+
+    def layer(key: jax.Array) -> jax.Array:
+        if kind == "bf16":
+            return small_normal(key, (*lanes, 8))
+        return jax.random.bits(key, (*lanes, 4), jnp.uint32)
+
+    codes = jax.lax.map(layer, jax.random.split(key, L))
+    if kind == "bf16":
+        scale = None
+    elif kind == "int8":
         scale = jnp.full((L, rows * 16), _SCALES[kind], jnp.float32)
     else:
         loads = (2,) if kind == "nf4" else ()
-        scale = jnp.full((L, rows, chunks, *loads, 8, 8), _SCALES[kind], jnp.float16)
+        scale = jnp.full((L, rows, units // UNITS, *loads, 8, 8), _SCALES[kind], jnp.float16)
     return PackedWeight(codes=codes, scale=scale, out_shape=out, in_size=size, kind=kind)
 
 

@@ -75,8 +75,8 @@ def load(
         planned = abstract_params(manifest.config, jnp.dtype(dtype), manifest.quantization)
         if not packed.pays(planned, lora, device_mesh):
             raise InputError(
-                "int8_head is for weights that are packed for Hopper cards (int4, nf4 or int8, "
-                "computing in bfloat16, without an adapter), and these are not; leave it out"
+                "int8_head is for weights that are packed for Hopper cards (computing in bfloat16, "
+                "without an adapter), and these are not; leave it out"
             )
         packed.check_packing(planned, int8_head=True, mesh=device_mesh)
     manifest, params = load_params(path, mesh=device_mesh, dtype=dtype)

@@ -44,7 +44,7 @@ def weight_bytes(
     fmt: QuantFormat | None,
     sizes: dict[str, int],
     *,
-    packed: bool = False,  # quantized layers as generation on Hopper cards has them
+    packed: bool = False,  # layers as generation on Hopper cards has them
 ) -> dict[str, int]:
     """Bytes of the parameters on one device, by kind, in the order of the table."""
     tree = abstract_params(cfg, dtype, fmt, abstract_mesh(sizes))
@@ -63,7 +63,7 @@ def weight_bytes(
             parts = {f"{kind}, {leaf.kind} codes{how}": leaf.data}
             parts[f"their scales{how}"] = [leaf.scale, leaf.scale_absmax, leaf.scale_offset]
         else:
-            parts = {kind: leaf}
+            parts = {kind + (how if spec.role == "linear" else ""): leaf}
         for name, part in parts.items():
             out[name] = out.get(name, 0) + device_bytes(part)
     return out

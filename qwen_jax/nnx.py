@@ -9,10 +9,12 @@
     base     the tree of params.py, an nnx.Param a leaf; a quantized leaf is one Param
     adapter  the tree of adapters.py, an nnx.LoRAParam a leaf; None without one
 
-The arrays are shared with the trees that were given, not copied. `nnx.LoRAParam` is a kind of
-`nnx.Param`: filter by `nnx.LoRAParam`, or by `nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`. It adds
-no computation of its own. The trainer does not use it: plain trees need no filters, and calling a
-step on 80 layers costs 0.015 ms with them, 113 ms with a list of 80 Flax modules.
+Weights that `load` packed for generation (bfloat16 on Hopper cards, without an adapter) it does not
+take: read them with `checkpoint.load_params`. The arrays are shared with the trees that were given,
+not copied. `nnx.LoRAParam` is a kind of `nnx.Param`: filter by `nnx.LoRAParam`, or by
+`nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))`. It adds no computation of its own. The trainer does
+not use it: plain trees need no filters, and calling a step on 80 layers costs 0.015 ms with them,
+113 ms with a list of 80 Flax modules.
 """
 
 from typing import Any
@@ -24,6 +26,8 @@ from jax.sharding import Mesh
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import InputError
+from qwen_jax.packed_params import is_packed
 from qwen_jax.quant import QTensor
 
 
@@ -37,6 +41,10 @@ class Qwen(nnx.Module):
         lora: Lora | None = None,
         mesh: Mesh | None = None,
     ):
+        if is_packed(params):
+            raise InputError(
+                "the weights are packed for generation; give those of checkpoint.load_params"
+            )
         self.cfg, self.mesh = cfg, mesh
         self.base = nnx.data(_variables(nnx.Param, params))
         self.adapter = nnx.data(None if lora is None else _variables(nnx.LoRAParam, lora.weights))

@@ -1,4 +1,4 @@
-"""The decoder on packed quantized weights (packed_params.py): generation at the memory's speed.
+"""The decoder on packed weights (packed_params.py): generation at the memory's speed.
 
 The mathematics is model.py's; what differs is that the scan runs over layer numbers and every large
 product reads the whole stack at that number, so that nothing is copied, and that up and gate are

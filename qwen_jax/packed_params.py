@@ -25,14 +25,16 @@ from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.packing import (
     GROUPS,
     PackedWeight,
+    Stack,
     can_pack,
+    kind_of,
     pack,
     pack_slices,
     slice_layout,
 )
 from qwen_jax.memory import GB, device_limit
 from qwen_jax.params import HEAD_AXES, tree_bytes
-from qwen_jax.quant import QTensor, QuantFormat, quantize
+from qwen_jax.quant import QuantFormat, quantize
 from qwen_jax.sharding import check_tensor_axis, partition_spec, tensor_size
 
 Params = dict[str, Any]
@@ -50,9 +52,8 @@ _HEAD_BLOCK = 16
 
 def packable(params: Params, mesh: Mesh | AbstractMesh | None = None) -> bool:
     """Whether these weights have a format, and widths for this mesh, that `pack_params` takes."""
-    blocks = (params["layers"]["attn"], params["layers"]["mlp"])
-    weights = [w for block in blocks for w in block.values() if isinstance(w, QTensor)]
-    fits = len(weights) == 5 and all(can_pack(w) for w in weights)
+    attn, mlp = params["layers"]["attn"], params["layers"]["mlp"]
+    fits = all(can_pack(w) for w in (attn["wqkv"], attn["wo"], *mlp.values()))
     return fits and not any(count % tensor_size(mesh) for count in _units(params).values())
 
 
@@ -60,7 +61,8 @@ def pays(params: Params, lora: Any, mesh: Mesh | None) -> bool:
     """Whether packing makes generation faster here: on Hopper cards, without an adapter.
 
     Packed weights are replicated over fsdp; where that would fill more than half of a card with
-    them, they stay split.
+    them, they stay split. And they stay as they are where a card has no room to pack them: the
+    largest, up and gate, are there twice for a moment, which matters for bf16.
     """
     if lora is not None or not on_hopper(params["wte"].dtype) or not packable(params):
         return False
@@ -79,13 +81,20 @@ def room_for_whole(layers: Params, mesh: Mesh | AbstractMesh, limit: int) -> boo
 
 def _obstacle(params: Params, mesh: Mesh | None) -> str | None:
     """Why packable weights cannot be packed on this mesh; None if they can."""
-    if mesh is None:
-        return None
     if not packable(params, mesh):
         have = " and ".join(f"{count} {name}" for name, count in _units(params).items())
         return f"tensor={tensor_size(mesh)} does not divide {have}, which packed ones need"
     limit = device_limit(jax.local_devices()[0])
-    if mesh.shape["fsdp"] == 1 or room_for_whole(params["layers"], mesh, limit):
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        mlp = params["layers"]["mlp"]
+        needed = tree_bytes([params, mlp["up"], mlp["gate"]]) / tensor_size(mesh)
+        if not limit or needed < limit:
+            return None
+        return (
+            f"while they are packed their largest are there twice, {needed / GB:.1f} GB of a "
+            f"device's {limit / GB:.1f}"
+        )
+    if room_for_whole(params["layers"], mesh, limit):
         return None
     if not limit:
         return "packed ones are whole over fsdp, and the memory of a device is unknown"
@@ -129,7 +138,7 @@ def check_packing(params: Params, *, int8_head: bool, mesh: Mesh | None) -> None
 def pack_params(
     params: Params, *, consume: bool = False, int8_head: bool = False, mesh: Mesh | None = None
 ) -> Params:
-    """Reorders the quantized weights; on a mesh, each device its own slice of heads and FFN.
+    """Reorders the weights of the layers; on a mesh, each device its own slice of heads and FFN.
 
     With `consume` each leaf is freed as soon as it is packed: memory then holds the model once and
     its largest leaf a second time. `int8_head` also quantizes the output head, one scale a token:
@@ -165,7 +174,7 @@ def pack_params(
 
 
 def _pack(
-    name: str, *leaves: QTensor, mesh: Mesh | None, consume: bool, factor: jax.Array | None = None
+    name: str, *leaves: Stack, mesh: Mesh | None, consume: bool, factor: jax.Array | None = None
 ) -> PackedWeight:
     run, dim = pack, CUT[name]
     if mesh is not None and mesh.size > 1:
@@ -184,8 +193,8 @@ def _pack(
 def _units(params: Params, int8_head: bool = False) -> dict[str, int]:
     """What the tensor axis must divide."""
     wqkv, wo = params["layers"]["attn"]["wqkv"], params["layers"]["attn"]["wo"]
-    group = GROUPS[wo.kind] or 8
-    units = {"heads": wqkv.shape[-3], f"groups of {group} inputs": wo.in_size // group}
+    group = GROUPS[kind_of(wo)] or 8
+    units = {"heads": wqkv.shape[-3], f"groups of {group} inputs": wo.shape[-1] // group}
     if int8_head:
         units[f"blocks of {_HEAD_BLOCK} tokens"] = params["lm_head"].shape[0] // _HEAD_BLOCK
     return units

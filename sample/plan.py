@@ -67,18 +67,18 @@ def budget(
 ) -> Budget:
     """Weights, cache and work of `rows` sequences of `tokens` tokens, on one device.
 
-    A prefill works on so many tokens at a time as the engine runs at once. A chunk of a longer
-    prompt also copies its layer's keys and values out of the cache, and has a mask. Without an
-    adapter a quantized base is packed on Hopper cards, and is then whole on each fsdp device if
-    `limit` has room for that.
+    A prefill works on so many tokens at a time as the engine runs at once, and has the weights of
+    a layer once more: dequantized, unpacked or copied out of the stack. A chunk of a longer prompt
+    also copies its layer's keys and values out of the cache, and has a mask. Without an adapter the
+    base is packed on Hopper cards, and is then whole on each fsdp device if `limit` has room.
     """
     cfg, dtype = manifest.config, jnp.dtype(dtype or manifest.dtype)
     stored = stored_dtype(cache_dtype, dtype)
     cache = device_bytes(abstract_cache(cfg, rows, tokens, stored, abstract_mesh(sizes)))
     here = math.ceil(rows / (sizes["data"] * sizes["fsdp"]))
     chunk = prefill_chunk(here)
-    layer = layer_values(cfg) if manifest.quantization else 0
-    work = layer + here * min(tokens, chunk) * (2 * cfg.ffn_size + 4 * cfg.attention_size)
+    tokens_here = here * min(tokens, chunk)
+    work = layer_values(cfg) + tokens_here * (2 * cfg.ffn_size + 4 * cfg.attention_size)
     mask = 0
     if tokens > chunk:
         work += 2 * here * tokens * cfg.attention_size

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import layer_of, random_params, random_stack
 
 from qwen_jax import packed
 from qwen_jax.cache import init_cache
@@ -17,8 +18,7 @@ from qwen_jax.kernels.decode_matmul import decode_matmul
 from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.packing import pack
 from qwen_jax.kernels.residual_norm import residual_norm, residual_norm_xla
-from qwen_jax.params import init_params
-from qwen_jax.quant import QuantFormat, dequantize, quantize, quantize_heads
+from qwen_jax.quant import quantize_heads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,13 +40,12 @@ def normal(seed, shape, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
 @pytest.mark.parametrize(("N", "K"), [(1024, 1024), (256, 5 * 128), (512, 43 * 128)])
 def test_products(kind, N, K):
     """Odd numbers of groups are padded; from 33 rows on XLA's way is taken."""
-    q = jax.vmap(lambda w: quantize(w, QuantFormat.named(kind)))(normal(0, (3, N, K), jnp.float32))
-    w = pack(q)
-    dense = dequantize(jax.tree.map(lambda x: x[1], q), jnp.float32)
+    stack = random_stack(0, kind, 3, N, K)
+    w, dense = pack(stack), layer_of(stack, 1)
     for M in (1, 2, 8, 9, 16, 32, 64):
         x = normal(M, (M, K))
         poison()
@@ -143,14 +142,14 @@ def test_residual_and_norm(D):
         assert relative_error(a, b) < 2e-3
 
 
+@pytest.mark.parametrize("kind", ["int4", "bf16"])
 @pytest.mark.parametrize("cache_dtype", [jnp.bfloat16, jnp.int8])
-def test_steps_of_a_small_model(cache_dtype):
+def test_steps_of_a_small_model(kind, cache_dtype):
     """Kernels against references through prefill, single tokens and a draft of three."""
     cfg = ModelConfig(
         vocab_size=512, hidden_size=512, num_layers=2, num_heads=4, head_dim=128, ffn_size=1024
     )
-    params = init_params(cfg, jax.random.key(0), jnp.bfloat16, QuantFormat.named("int4"))
-    params = packed.pack_params(params)
+    params = packed.pack_params(random_params(cfg, kind, jnp.bfloat16))
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 512)
     hidden = {}
     for name in ("xla", "mosaic"):

@@ -31,34 +31,60 @@ def relative_error(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+def layer_of(seed, kind, N, size):
+    """A packed layer, its codes and scale, and the weight [N, size] that it stands for."""
+    w = jnp.asarray(normal(seed, (N, size)))
+    if kind == "bf16":
+        w = w.astype(jnp.bfloat16)
+        return *pack_layer(w, None, kind), w
+    q = quantize(w, QuantFormat.named(kind))
+    return *pack_layer(q.data, group_scales(q), kind), dequantize(q, jnp.float32)
+
+
 @pytest.mark.parametrize(
-    ("M", "cut"), [(1, (1, 4, 1, 8)), (8, (2, 4, 2, 4)), (3, (1, 4, 2, 2)), (16, (1, 8, 1, 4))]
+    ("kind", "M", "size", "cut"),
+    [
+        (kind, *case)
+        for kind in ("int4", "nf4", "int8", "bf16")
+        for case in (
+            (1, 1024, (1, 4, 1, 8)),
+            (8, 1024, (2, 4, 2, 4)),
+            (3, 1024, (1, 4, 2, 2)),
+            (16, 640, (1, 8, 1, 4)),
+        )
+    ]
+    + [
+        ("bf16", 2, 200, (3, 4, 2, 4)),
+        ("bf16", 9, 600, (1, 4, 5, 8)),
+        ("bf16", 32, 384, (1, 4, 3, 4)),
+    ],
 )
-def test_products(monkeypatch, kind, M, cut):
+def test_products(monkeypatch, kind, M, size, cut):
+    """Inputs are padded to whole chunks; the output has NaN where nothing was written."""
     blocks, warps, splits, ahead = cut
-    N, K = 256, 1024
     tiling = qmatmul_body.Tiling(blocks=blocks, warps=warps, splits=splits, ahead=ahead)
-    fmt = qmatmul_body.FORMATS[kind]
+    fmt, N = qmatmul_body.FORMATS[kind], 2 * tiling.rows
+    layers = [layer_of(i, kind, N, size) for i in range(2)]
+    codes = np.stack([np.asarray(layer[0]) for layer in layers])
+    K = codes.shape[2] * fmt.unit
     tiling.check(N, K, fmt.chunk)
-    w = [quantize(normal(i, (N, K)), QuantFormat.named(kind)) for i in range(2)]
-    packed = [pack_layer(q.data, group_scales(q), kind) for q in w]
-    codes, scale = (np.stack([np.asarray(p[i]) for p in packed]) for i in range(2))
-    x = normal(5, (M, K), BF16)
+    x = np.zeros((M, K), BF16)
+    x[:, :size] = normal(5, (M, size), BF16)
     body = qmatmul_body._Body(M=M, N=N, K=K, tiling=tiling, fmt=fmt)
     launch = Launch(N // tiling.rows * splits, warps * 32, body.smem_bytes + 512)
     refs = [launch.array(a) for a in (np.array([1], np.int32), x, codes)]
     if fmt.scale_loads:
-        refs.append(launch.array(scale))
+        refs.append(launch.array(np.stack([np.asarray(layer[1]) for layer in layers])))
     if kind == "nf4":
         refs.append(launch.array(qmatmul_body._nf4_pairs()))
     out = launch.array(np.full((splits, M, N), np.nan, np.float32))
     with interpreted(launch, monkeypatch, qmatmul_body):
         body(None, *refs, out, SHARED)
     got = launch.read(out).sum(0)
+    _, scale, dense = layers[1]
     if kind == "int8":
-        got = got * scale[1]
-    want = x.astype(np.float64) @ np.asarray(dequantize(w[1], jnp.float32), np.float64).T
+        got = got * np.asarray(scale)
+    want = x[:, :size].astype(np.float64) @ np.asarray(dense, np.float64).T
     # nf4's table holds bfloat16 values and its scales are float16; the others are exact.
     assert relative_error(got, want) < (3e-3 if kind == "nf4" else 1e-5)
 

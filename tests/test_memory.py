@@ -218,6 +218,25 @@ def test_the_plan_of_generation_counts_packed_layers_whole_where_there_is_room()
     assert float32["linear layers, int4 codes"] == half // 2
 
 
+def test_bfloat16_layers_are_packed_and_whole_where_there_is_room():
+    manifest = Manifest(
+        config=config_72b(), dtype="bfloat16", quantization=None, fingerprint="", checksums={}
+    )
+
+    def layers(sizes, limit, **more):
+        items = budget(manifest, sizes, 2, 2048, None, limit, **more).items
+        return {name: size for name, size in items.items() if "linear" in name}
+
+    sizes = ONE | {"fsdp": 2, "tensor": 4}
+    quarter = layers(ONE, 0)["linear layers"] // 4
+    assert layers(sizes, int(80e9)) == {"linear layers, packed: whole over fsdp": quarter}
+    split = {"linear layers": quarter // 2}
+    # A quarter is 35 GB. An adapter needs plain weights, the kernels bfloat16.
+    assert layers(sizes, int(60e9)) == layers(sizes, int(80e9), adapter=True) == split
+    float32 = budget(manifest, sizes, 2, 2048, "float32", int(300e9)).items
+    assert float32["linear layers"] == quarter
+
+
 def test_a_plain_base_that_cannot_be_quantized_in_memory_is_refused():
     manifest = Manifest(
         config=config_72b(), dtype="bfloat16", quantization=None, fingerprint="", checksums={}

@@ -7,12 +7,14 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from tiny import tiny_config, to_params
+from tiny import bfloat16_layers, tiny_config, to_params
 from torch_reference import qwen2_model, random_weights
 
 from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora, LoraConfig, init_lora
+from qwen_jax.errors import InputError
 from qwen_jax.nnx import Qwen
+from qwen_jax.packed_params import pack_params
 
 CFG = tiny_config(hidden_size=128, head_dim=32, ffn_size=256, num_layers=2)
 
@@ -44,6 +46,12 @@ def test_logits_are_those_of_transformers(weights, tokens):
     np.testing.assert_allclose(
         Qwen(CFG, to_params(CFG, weights))(tokens), expected.numpy(), atol=1e-4
     )
+
+
+def test_packed_weights_are_refused(weights):
+    params = bfloat16_layers(to_params(CFG, weights))
+    with pytest.raises(InputError, match="packed for generation; give those of"):
+        Qwen(CFG, pack_params(params))
 
 
 @pytest.mark.parametrize("fmt", ["none", "nf4"])

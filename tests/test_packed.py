@@ -1,36 +1,33 @@
 """The decoder on packed weights against the ordinary one, and the parts it is made of."""
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from tiny import bfloat16_layers, layer_of, random_params, random_stack, tiny_config, to_params
+from torch_reference import qwen2_model, random_weights
 
 from qwen_jax import model, packed
 from qwen_jax.cache import init_cache, key_units
 from qwen_jax.config import ModelConfig
+from qwen_jax.engine import Engine
 from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import decode_matmul
-from qwen_jax.kernels.packing import pack, pack_layer, unpack_layer
-from qwen_jax.params import init_params
+from qwen_jax.kernels.packing import can_pack, pack, pack_layer, padded_inputs, unpack_layer
+from qwen_jax.kernels.tilings import FORMATS, tiling_for
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
+from qwen_jax.sampling import SamplingParams
 
-INT4 = QuantFormat.named("int4")
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CFG = ModelConfig(
     vocab_size=96, hidden_size=128, num_layers=3, num_heads=2, head_dim=64, ffn_size=384,
     seq_length=16, use_dynamic_ntk=True, use_logn_attn=True,
 )  # fmt: skip
-
-
-def stack(key, kind, L, *shape):
-    w = jax.random.normal(jax.random.key(key), (L, *shape))
-    parts = [quantize(w[i], QuantFormat.named(kind)) for i in range(L)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
-
-
-def one_layer(q, index):
-    return dequantize(jax.tree.map(lambda x: x[index], q), jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
@@ -43,6 +40,43 @@ def test_packing_loses_nothing_and_pads_with_zeros(kind, size):
         w[:, :size], dequantize(q, jnp.float32), rtol=2**-11 if kind == "nf4" else 0
     )
     assert w.shape[1] % 256 == 0 and not w[:, size:].any()
+
+
+@pytest.mark.parametrize("size", [128, 8, 600])
+def test_packed_bfloat16_keeps_every_bit(size):
+    # Bit patterns of all kinds, subnormal numbers and infinities too; not NaN, whose payload a CPU
+    # may drop.
+    bits = (jnp.arange(48 * size, dtype=jnp.uint32) * 40503).astype(jnp.uint16).reshape(48, size)
+    bits = jnp.where((bits & 0x7FFF) > 0x7F80, bits & 0xFF80, bits)
+    values, scale = pack_layer(bits.view(jnp.bfloat16), None, "bf16")
+    assert scale is None and values.shape == (3, -(-size // 128) * 8, 32, 8)
+    got = unpack_layer(values, None, "bf16", jnp.bfloat16).view(jnp.uint16)
+    np.testing.assert_array_equal(got[:, :size], bits)
+    assert not got[:, size:].any()
+
+
+@pytest.mark.parametrize("name", ["qwen_1_8b", "qwen_7b", "qwen_14b", "qwen_72b"])
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
+def test_every_weight_of_the_real_models_has_a_tiling(name, kind):
+    """For all rows that the kernel takes, on one card; thread blocks for half of it or more."""
+    cfg = ModelConfig.from_hf(json.loads((CONFIGS / f"{name}.json").read_text()))
+    D, F, A = cfg.hidden_size, cfg.ffn_size, cfg.attention_size
+    for N, size in ((3 * A, D), (D, A), (2 * F, D), (D, F)):
+        K = padded_inputs(size, kind)
+        assert size <= K < 1.05 * size
+        for M in (1, 8, 16, 24, 32):
+            tiling = tiling_for(M, N, K, kind)
+            tiling.check(N, K, FORMATS[kind].chunk)
+            assert N // tiling.rows * tiling.splits >= 64, (N, K, M, tiling)
+
+
+def test_what_cannot_be_packed_is_refused():
+    for wrong in (jnp.zeros((2, 32, 128)), jnp.zeros((2, 24, 128), jnp.bfloat16)):
+        assert not can_pack(wrong)
+        with pytest.raises(NotImplementedError, match=f"packing as bf16 .* {wrong.dtype}"):
+            pack(wrong)
+    with pytest.raises(NotImplementedError):
+        pack(jnp.zeros((2, 32, 128), jnp.bfloat16), random_stack(0, "int8", 2, 32, 128))
 
 
 def test_a_word_holds_the_operand_of_one_tensor_core_product():
@@ -61,19 +95,30 @@ def test_a_word_holds_the_operand_of_one_tensor_core_product():
             assert value >> (4 * register + 16) & 15 == codes[row, first + k + 1]
 
 
-@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+def test_16_bytes_of_bfloat16_are_such_an_operand():
+    # In the order of a lane's bytes: the four inputs of row g, then those of row g + 8.
+    data = np.random.default_rng(0).normal(size=(16, 128)).astype(jnp.bfloat16)
+    values, _ = pack_layer(jnp.asarray(data), None, "bf16")
+    for unit, lane in [(0, 0), (3, 17), (7, 31), (4, 6)]:
+        g, t, b, h = lane // 4, lane % 4, unit // 2, unit % 2
+        four = slice(32 * b + 8 * t + 4 * h, 32 * b + 8 * t + 4 * h + 4)
+        np.testing.assert_array_equal(values[0, unit, lane, :4], data[g, four])
+        np.testing.assert_array_equal(values[0, unit, lane, 4:], data[g + 8, four])
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
 def test_product_with_one_layer_of_a_packed_stack(kind):
-    q = stack(1, kind, 3, 2, 24, 256)
+    q = random_stack(1, kind, 3, 2, 24, 256)
     w = pack(q)
     x = jax.random.normal(jax.random.key(2), (5, 1, 256))
     for layer in range(3):
-        want = jnp.einsum("bti,noi->btno", x, one_layer(q, layer), precision="highest")
+        want = jnp.einsum("bti,noi->btno", x, layer_of(q, layer), precision="highest")
         got = decode_matmul(x, w, jnp.int32(layer))
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=0.03 if kind == "nf4" else 1e-4)
 
 
 def test_two_weights_packed_as_one():
-    up, gate = stack(3, "int4", 2, 32, 128), stack(4, "int4", 2, 32, 128)
+    up, gate = random_stack(3, "int4", 2, 32, 128), random_stack(4, "int4", 2, 32, 128)
     x = jax.random.normal(jax.random.key(5), (4, 128))
     both = decode_matmul(x, pack(up, gate), jnp.int32(1))
     for i, q in enumerate((up, gate)):
@@ -109,9 +154,17 @@ def test_int8_heads_are_within_half_a_step():
     assert jnp.abs(codes * step - x).mean() < 0.3 * step.mean()
 
 
-@pytest.mark.parametrize("cache_dtype", [jnp.float32, jnp.int8])
-def test_packed_decoder_gives_what_the_ordinary_one_gives(cache_dtype):
-    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+@pytest.mark.parametrize(
+    ("kind", "cache_dtype"),
+    [
+        ("int4", jnp.float32),
+        ("int4", jnp.int8),
+        pytest.param("bf16", jnp.float32, marks=pytest.mark.slow),
+        pytest.param("bf16", jnp.int8, marks=pytest.mark.slow),
+    ],
+)
+def test_packed_decoder_gives_what_the_ordinary_one_gives(kind, cache_dtype):
+    params = random_params(CFG, kind)
     small = packed.pack_params(params)
     assert packed.is_packed(small) and packed.packable(params)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)
@@ -130,9 +183,10 @@ def test_packed_decoder_gives_what_the_ordinary_one_gives(cache_dtype):
         np.testing.assert_array_equal(caches[0].lengths, caches[1].lengths)
 
 
-def test_channels_that_only_their_bias_makes_large_do_not_spoil_an_int8_cache():
+@pytest.mark.parametrize("kind", ["int4", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_channels_that_only_their_bias_makes_large_do_not_spoil_an_int8_cache(kind):
     """As in a real model, one pair of key channels with a bias of 100: packed or not."""
-    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+    params = random_params(CFG, kind)
     attn = params["layers"]["attn"]
     attn["bqkv"] = attn["bqkv"].at[:, 1, :, 5].set(100.0).at[:, 1, :, 37].set(-60.0)
     unit = key_units(attn["bqkv"][:, 1])
@@ -161,18 +215,49 @@ def test_biases_whose_squares_overflow_have_units():
     np.testing.assert_array_equal([unit[0, 5], unit[1, 37]], want)
 
 
-def test_logits_of_whole_sequences():
-    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+def test_units_of_keys_round_no_bfloat16_weight():
+    w = random_stack(6, "bf16", 2, 3, 16, 128)
+    unit = jnp.ldexp(1.0, jax.random.randint(jax.random.key(7), (2, 3, 16), -12, 13))
+    packed_weight = pack(w, factor=unit.astype(jnp.bfloat16))
+    got = unpack_layer(packed_weight.codes[1], None, "bf16", jnp.float32)
+    want = layer_of(w, 1) * unit[1, :, :, None]
+    np.testing.assert_array_equal(got, want.reshape(48, 128))
+
+
+@pytest.mark.parametrize("kind", ["int4", "bf16"])
+def test_logits_of_whole_sequences(kind):
+    params = random_params(CFG, kind)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)
     want = model.logits(CFG, params, None, tokens)
     got = packed.logits(CFG, packed.pack_params(params, consume=True), tokens)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_an_int8_head_agrees_on_nearly_every_likeliest_token():
-    params = init_params(CFG, jax.random.key(0), jnp.float32, INT4)
+@pytest.mark.parametrize("kind", ["int4", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_an_int8_head_agrees_on_nearly_every_likeliest_token(kind):
+    params = random_params(CFG, kind)
     tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, CFG.vocab_size)
     want = model.logits(CFG, params, None, tokens)
     got = packed.logits(CFG, packed.pack_params(params, int8_head=True), tokens)
     assert jnp.abs(got - want).max() < 0.02 * jnp.abs(want).max()
     assert (got.argmax(-1) == want.argmax(-1)).mean() > 0.95
+
+
+@pytest.mark.slow  # the programs of an engine
+def test_packed_bfloat16_answers_as_transformers_does():
+    cfg = tiny_config(seq_length=8192)
+    weights = {name: round_bfloat16(w) for name, w in random_weights(cfg, seed=3).items()}
+    params = bfloat16_layers(to_params(cfg, weights))
+    engine = Engine(cfg, packed.pack_params(params), cache_dtype=jnp.float32)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, cfg.vocab_size, n).tolist() for n in (1, 17, 50)]
+    answers = engine.generate(prompts, SamplingParams(greedy=True, max_new_tokens=40))
+    reference = qwen2_model(cfg, weights)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            ids = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
+        assert answer == ids[0, len(prompt) :].tolist()
+
+
+def round_bfloat16(w: np.ndarray) -> np.ndarray:
+    return w.astype(jnp.bfloat16).astype(np.float32)

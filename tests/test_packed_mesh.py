@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import layer_of, random_params, random_stack
 
 from benchmarks.collectives import collectives
 from qwen_jax import packed, steps
@@ -17,7 +18,7 @@ from qwen_jax.engine import Engine
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.packing import pack_slices, slice_layout, unpack_layer
 from qwen_jax.params import abstract_params, init_params, shardings
-from qwen_jax.quant import QuantFormat, dequantize, quantize
+from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams
 from qwen_jax.sharding import MESH_AXES, make_mesh
 from qwen_jax.slots import Slots
@@ -36,9 +37,11 @@ def mesh_of(text):
     return make_mesh({axis: int(sizes.get(axis, 1)) for axis in MESH_AXES})
 
 
-@functools.cache
-def weights(kind, dtype=jnp.float32):
-    return init_params(CFG, jax.random.key(0), dtype, QuantFormat.named(kind))
+weights = functools.cache(functools.partial(random_params, CFG))
+
+
+def format_of(kind):
+    return None if kind == "bf16" else QuantFormat.named(kind)
 
 
 @functools.cache
@@ -47,30 +50,28 @@ def packed_on(text, kind, dtype=jnp.float32, int8_head=False):
     if text is None:
         return None, packed.pack_params(weights(kind, dtype), int8_head=int8_head)
     mesh = mesh_of(text)
-    layouts = shardings(abstract_params(CFG, dtype, QuantFormat.named(kind), mesh))
+    layouts = shardings(abstract_params(CFG, dtype, format_of(kind), mesh))
     params = jax.tree.map(jax.device_put, weights(kind, dtype), layouts)
     return mesh, packed.pack_params(params, mesh=mesh, int8_head=int8_head)
 
 
-@pytest.mark.parametrize("kind", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
 @pytest.mark.parametrize("dim", [-1, -2])
 def test_each_device_packs_its_own_slice(kind, dim):
-    """Against a cut of the dequantized weight; 384 are padded with zeros to 512."""
+    """Against a cut of the dense weight; 384 are padded with zeros to 512."""
     shape = (32, 384) if dim == -1 else (384, 128)
-    w = jax.random.normal(jax.random.key(0), (2, *shape))
-    parts = [quantize(w[i], QuantFormat.named(kind)) for i in range(2)]
-    stack = jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+    stack = random_stack(0, kind, 2, *shape)
     mesh = mesh_of("tensor=4")
     got = jax.jit(functools.partial(pack_slices, mesh=mesh, dim=dim, size=512))(stack)
     assert (got.in_size, got.out_shape) == ((128, (32,)) if dim == -1 else (128, (128,)))
-    dense = np.pad(
-        dequantize(parts[1], jnp.float32), [(0, 512 - n if n == 384 else 0) for n in shape]
-    )
-    layout = slice_layout(got, dim)
-    assert got.codes.sharding.spec == layout.codes and got.scale.sharding.spec == layout.scale
-    shards = zip(got.codes.addressable_shards, got.scale.addressable_shards, strict=True)
-    for device, (codes, scale) in enumerate(shards):
-        one = unpack_layer(codes.data[1], scale.data[1], kind, jnp.float32)[:, : got.in_size]
+    dense = np.pad(layer_of(stack, 1), [(0, 512 - n if n == 384 else 0) for n in shape])
+    assert jax.tree.map(lambda x: x.sharding.spec, got) == slice_layout(got, dim)
+    for device in range(4):
+        codes, scale = jax.tree.map(
+            lambda x: x.addressable_shards[device].data[1],  # noqa: B023
+            (got.codes, got.scale),
+        )
+        one = unpack_layer(codes, scale, kind, jnp.float32)[:, : got.in_size]
         want = np.split(dense, 4, axis=dim)[device]
         # The scales of nf4 are kept as float16: 11 bits of 24.
         np.testing.assert_allclose(one, want, rtol=2**-11 if kind == "nf4" else 0)
@@ -86,6 +87,8 @@ def test_each_device_packs_its_own_slice(kind, dim):
         pytest.param("int4", "data=2,tensor=2", jnp.int8, marks=pytest.mark.slow),
         pytest.param("nf4", "data=2,fsdp=2,tensor=2", jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param("int8", "data=2,tensor=2", jnp.int8, marks=pytest.mark.slow),
+        pytest.param("bf16", "tensor=4", jnp.float32, marks=pytest.mark.slow),
+        pytest.param("bf16", "data=2,fsdp=2,tensor=2", jnp.int8, marks=pytest.mark.slow),
     ],
 )
 def test_prompt_and_steps_are_those_of_one_device(kind, text, cache_dtype):
@@ -110,9 +113,10 @@ def test_prompt_and_steps_are_those_of_one_device(kind, text, cache_dtype):
         np.testing.assert_array_equal(a, b)
 
 
-def test_whole_sequences_and_an_int8_head():
+@pytest.mark.parametrize("kind", ["int8", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_whole_sequences_and_an_int8_head(kind):
     tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, CFG.vocab_size)
-    (_, one), (mesh, split) = (packed_on(t, "int8", int8_head=True) for t in (None, "tensor=2"))
+    (_, one), (mesh, split) = (packed_on(t, kind, int8_head=True) for t in (None, "tensor=2"))
     want = packed.logits(CFG, one, tokens)
     got = packed.logits(CFG, split, tokens, mesh=mesh)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
@@ -190,6 +194,7 @@ def decode_text(mesh, params) -> str:
     [
         ("data=2,fsdp=2,tensor=2", "int4"),
         pytest.param("tensor=2", "int4", marks=pytest.mark.slow),
+        pytest.param("tensor=2", "bf16", marks=pytest.mark.slow),
         pytest.param("tensor=2", None, marks=pytest.mark.slow),  # plain weights
     ],
 )
@@ -213,11 +218,12 @@ def test_a_layer_sends_two_sums_and_no_weight(text, kind):
     assert 4 * CFG.vocab_size < CFG.hidden_size**2 // 8
 
 
-def test_gpu_kernels_stay_whole_on_each_device():
+@pytest.mark.parametrize("kind", ["int4", "bf16"])
+def test_gpu_kernels_stay_whole_on_each_device(kind):
     """The program for GPUs is made without one: its kernels may stand only inside the shares."""
     cfg = dataclasses.replace(CFG, hidden_size=512, num_heads=4, head_dim=128, ffn_size=1024)
-    mesh, fmt = mesh_of("tensor=2"), QuantFormat.named("int4")
-    params = init_params(cfg, jax.random.key(0), jnp.bfloat16, fmt, mesh)
+    mesh = mesh_of("tensor=2")
+    params = init_params(cfg, jax.random.key(0), jnp.bfloat16, format_of(kind), mesh)
     params = packed.pack_params(params, mesh=mesh)
     step = jax.jit(
         functools.partial(packed.forward, cfg, mesh=mesh, implementation="mosaic")
@@ -238,19 +244,34 @@ def test_what_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "limit", "reason"),
+    ("kind", "text", "limit", "reason"),
     [
-        ("tensor=8", 10**9, "tensor=8 does not divide 8 heads and 4 groups of 128 inputs"),
-        ("fsdp=2", 0, "whole over fsdp, and the memory of a device is unknown"),
-        ("fsdp=2", 10**5, "more than half of a device's"),
-        ("fsdp=2,tensor=2", 10**9, None),
-        ("data=2,tensor=2", 0, None),
+        ("int4", "tensor=8", 10**9, "tensor=8 does not divide 8 heads and 4 groups of 128 inputs"),
+        ("int4", "fsdp=2", 0, "whole over fsdp, and the memory of a device is unknown"),
+        ("int4", "fsdp=2", 10**5, "more than half of a device's"),
+        ("int4", "fsdp=2,tensor=2", 10**9, None),
+        ("int4", "data=2,tensor=2", 0, None),
+        ("bf16", "tensor=8", 10**9, None),
+        ("bf16", "fsdp=2", 0, "whole over fsdp, and the memory of a device is unknown"),
+        # 1.8 MB of weights, of which up and gate are 0.4; half of that on each device.
+        ("bf16", "tensor=2", 10**6, "their largest are there twice"),
+        ("bf16", "tensor=2", 12 * 10**5, None),
     ],
 )
-def test_why_weights_are_not_packed_is_said_once(text, limit, reason, monkeypatch, caplog):
+def test_why_weights_are_not_packed_is_said_once(kind, text, limit, reason, monkeypatch, caplog):
     monkeypatch.setattr("qwen_jax.packed_params.on_hopper", lambda dtype: True)
     monkeypatch.setattr("qwen_jax.packed_params.device_limit", lambda device: limit)
-    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("int4"))
+    params = abstract_params(CFG, jnp.bfloat16, format_of(kind))
     assert packed.pays(params, None, mesh_of(text)) == (reason is None)
     assert len(caplog.messages) == (reason is not None)
     assert reason is None or reason in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["int4", "bf16"])
+def test_weights_are_packed_for_bfloat16_on_a_hopper_card_without_an_adapter(kind, monkeypatch):
+    params = abstract_params(CFG, jnp.bfloat16, format_of(kind))
+    assert not packed.pays(params, None, None)  # on this machine
+    monkeypatch.setattr("qwen_jax.kernels.hopper.is_hopper", lambda: True)
+    assert packed.pays(params, None, None)
+    assert not packed.pays(params, object(), None)
+    assert not packed.pays(abstract_params(CFG, jnp.float32, format_of(kind)), None, None)

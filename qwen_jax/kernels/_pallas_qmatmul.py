@@ -1,16 +1,16 @@
-"""Mosaic GPU body of the few-row quantized product: out[split, m, n] = sum over one split of k.
+"""Mosaic GPU body of the few-row product: out[split, m, n] = sum over one split of k.
 
 Each warp streams the weights of its own rows straight into registers with 16-byte loads and feeds
 them to warp-level tensor-core products; nothing in the main loop waits for another warp. Weights
 lie in the order of the loads (packing.py), so a warp reads 512 bytes in a row:
 
-    unit   512 bytes, 16 a lane: 16 weight rows x 64 inputs of 4 bits or 32 of 8 bits
+    unit   512 bytes, 16 a lane: 16 weight rows x 64 inputs of 4 bits, 32 of 8 or 16 of 16
     group  the units under one scale, applied to the sums of the group and not to the weights
     chunk  8 units: one turn of the main loop
 
 How codes become the bfloat16 operand of a 16 x 8 x 16 product: int4 and int8 by putting bits into
 the mantissa of 128 and subtracting, nf4 by a table in shared memory with a column for each lane,
-so that no two lanes meet in a bank.
+so that no two lanes meet in a bank. bf16 is that operand as it is loaded.
 
 Activations are copied to shared memory once. It knows only arrays in that order.
 """
@@ -39,8 +39,8 @@ from qwen_jax.quant import NF4_CODE
 def split_matmul(
     layer: jax.Array,  # int32 [1]
     x: jax.Array,  # bfloat16 [M, K], M a multiple of 8 or less than 8
-    codes: jax.Array,  # uint32 [L, N/16, units, 32, 4]
-    scale: jax.Array | None,  # float16 [L, N/16, chunks, ...]; None for int8
+    codes: jax.Array,  # 16 bytes a lane: uint32 [L, N/16, units, 32, 4]; see PackedWeight
+    scale: jax.Array | None,  # float16 [L, N/16, chunks, ...]; of int8 and bf16 not read
     *,
     tiling: Tiling,
     kind: str = "int4",
@@ -259,6 +259,9 @@ class _Body:
 
     def _operand(self, words: list[ptx.Value], product: int, table) -> list[ptx.Value]:
         """The registers of the weights of one product of a unit."""
+        if self.fmt.kind == "bf16":
+            # Both pairs of row `row`, then both of `row + 8`; the product wants the rows in turns.
+            return [words[0], words[2], words[1], words[3]]
         if self.fmt.kind == "int8":
             return _int8_operand(words[2 * product : 2 * product + 2])
         if self.fmt.kind == "nf4":
@@ -272,6 +275,7 @@ class _Body:
         ring, sums = list(ring), [[list(s) for s in block] for block in sums]
         next_scales = scales if last else self._load_scales(scale_at, 1)
         zero = ptx.real(0.0)
+        products = fmt.unit // 16  # of a unit
         for u in range(UNITS):
             if fmt.scale_loads and u % fmt.group_units == 0:
                 partial = [[[zero] * 4 for _ in range(self.tiles)] for _ in range(t.blocks)]
@@ -279,18 +283,18 @@ class _Body:
             words = ring[u % t.ahead]
             if not last or u + t.ahead < UNITS:
                 ring[u % t.ahead] = self._load_unit(code_at, u + t.ahead)
-            for half in range(fmt.unit // 32):  # 32 inputs: two products
-                x_offset = (u * fmt.unit + half * 32) * 2
-                xs = [
-                    ptx.load_shared(x_at, tile * 8 * self.x_stride + x_offset)
-                    for tile in range(self.tiles)
-                ]
-                for p in range(2):
-                    for b in range(t.blocks):
-                        a = self._operand(words[b], 2 * half + p, table)
-                        for tile in range(self.tiles):
-                            pair = xs[tile][2 * p : 2 * p + 2]
-                            target[b][tile] = ptx.mma_16x8x16(target[b][tile], a, pair)
+            for p in range(products):
+                index = u * products + p  # in the chunk
+                if index % 2 == 0:  # a load has the activations of two products: 32 inputs
+                    xs = [
+                        ptx.load_shared(x_at, tile * 8 * self.x_stride + index * 32)
+                        for tile in range(self.tiles)
+                    ]
+                for b in range(t.blocks):
+                    a = self._operand(words[b], p, table)
+                    for tile in range(self.tiles):
+                        pair = xs[tile][2 * (index % 2) : 2 * (index % 2) + 2]
+                        target[b][tile] = ptx.mma_16x8x16(target[b][tile], a, pair)
             if fmt.scale_loads and u % fmt.group_units == fmt.group_units - 1:
                 self._scale_group([s[u // fmt.group_units] for s in scales], partial, sums)
         if not last:

@@ -1,5 +1,5 @@
-"""x @ W^T for few rows of x and one layer of a stack of quantized weights: what decode spends its
-time on.
+"""x @ W^T for few rows of x and one layer of a stack of packed weights: what decode spends its time
+on.
 
 The weights are packed once at load into the order in which the kernel reads them (packing.py), and
 stay stacked: the kernel takes the whole stack and a layer index, because a slice would be copied
@@ -13,7 +13,7 @@ from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 from qwen_jax.kernels.tilings import tiling_for
 
-# Above this a GEMM on dequantized weights is faster (benchmarks/qmatmul.py --crossover).
+# Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover).
 MAX_ROWS = 32
 # Of one call: accumulators of more would not stay in registers.
 MOST_ROWS = 32
@@ -43,7 +43,7 @@ def decode_parts(
     them up as it reads.
 
     A named implementation never falls back; the automatic choice takes the kernel for up to
-    `MAX_ROWS` rows in bfloat16 on a Hopper card, else dequantizes in front of a GEMM.
+    `MAX_ROWS` rows in bfloat16 on a Hopper card, else unpacks in front of a GEMM.
     """
     if x.ndim != 2 or x.shape[-1] != w.in_size:
         raise ValueError(f"x is {x.shape}, the packed weight expects [M, {w.in_size}]")
@@ -61,8 +61,10 @@ def decode_matmul_xla(
     layer: jax.Array,  # int32 []
 ) -> jax.Array:  # float32 [M, N]
     """The reference: unpacks the layer in x's dtype in front of a GEMM."""
-    at = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
-    dense = unpack_layer(at(w.codes), at(w.scale), w.kind, x.dtype)[:, : w.in_size]
+    codes, scale = jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), (w.codes, w.scale)
+    )
+    dense = unpack_layer(codes, scale, w.kind, x.dtype)[:, : w.in_size]
     last = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, dense, last, preferred_element_type=jnp.float32)
 
@@ -90,7 +92,7 @@ def choose(x: jax.Array, w: PackedWeight) -> str:
     few = x.shape[0] <= MAX_ROWS
     chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "xla"
     rows = f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}"
-    say_once(f"quantized products of {rows} run on {chosen}")
+    say_once(f"packed products of {rows} run on {chosen}")
     return chosen
 
 

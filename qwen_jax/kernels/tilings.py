@@ -17,7 +17,7 @@ class Format:
 
     kind: str
     unit: int  # inputs of a unit
-    scale_loads: int  # 16-byte loads of scales a lane and chunk; 0: the caller scales whole rows
+    scale_loads: int  # 16-byte loads of scales a lane and chunk; 0: no group has one
 
     @property
     def chunk(self) -> int:
@@ -37,6 +37,7 @@ FORMATS = {
     "int4": Format(kind="int4", unit=64, scale_loads=1),
     "nf4": Format(kind="nf4", unit=64, scale_loads=2),
     "int8": Format(kind="int8", unit=32, scale_loads=0),
+    "bf16": Format(kind="bf16", unit=16, scale_loads=0),
 }
 TABLE_BYTES = 256 * 32 * 4  # nf4: two values a byte, for each lane
 # Keeps the eight rows of the activations in different banks of shared memory.
@@ -77,7 +78,9 @@ _TUNED: dict[tuple[str, int, int], list[tuple[int, Tiling]]] = {
         (16, Tiling(blocks=1, warps=16, splits=4, ahead=8)),
     ],
 }
-for _kind in ("nf4", "int8"):  # not swept: those of int4
+# Not swept: those of int4. Units of all formats have the same bytes, so the same tiling keeps as
+# many of them on their way.
+for _kind in ("nf4", "int8", "bf16"):
     _TUNED[_kind, 24576, 8192] = [(16, Tiling(blocks=1, warps=24, splits=2, ahead=4))]
     for _shape in ((49152, 8192), (8192, 24576), (8192, 8192)):
         _TUNED[_kind, *_shape] = _TUNED["int4", *_shape]
