@@ -67,13 +67,15 @@ def test_rows_to_e4m3(K):
     x = jax.random.normal(jax.random.key(0), (300, K)).astype(jnp.bfloat16)
     x = x.at[1].mul(300).at[2].set(0)
     codes, unit = quantize_rows(x, implementation="mosaic")
-    # In float64: bfloat16 often lies on the edge of two codes, where a rounded quotient decides.
     exact = np.asarray(x, np.float64)
     want_unit = np.maximum(np.abs(exact).max(axis=1), 1e-30) / 448
-    want = (exact / want_unit[:, None]).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_allclose(unit, want_unit, rtol=1e-6)
-    assert (np.asarray(codes, np.float32) != want).mean() < 1e-3
-    np.testing.assert_allclose(np.asarray(codes, np.float32), want, rtol=2**-3)
+    quotient = exact / want_unit[:, None]
+    nearest = quotient.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    # bfloat16 often lies on the very edge of two codes: either is right, but no other, and as near
+    # as the float32 quotient of the kernel can tell.
+    off, least = (np.abs(c - quotient) for c in (np.asarray(codes, np.float64), nearest))
+    assert (off <= least + 1e-6 * np.abs(quotient)).all()
 
 
 def test_packed_rows_on_cudnn_equal_the_reference():

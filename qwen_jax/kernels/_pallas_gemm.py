@@ -73,8 +73,7 @@ def gemm(
         out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
         grid=(min(blocks // t.cluster, body.pieces),),
         grid_names=("cluster_grid",),
-        cluster=(t.cluster,),
-        cluster_names=("cluster",),
+        **({"cluster": (t.cluster,), "cluster_names": ("cluster",)} if t.cluster > 1 else {}),
         num_threads=_CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types=body.scratch(),
@@ -198,7 +197,7 @@ class Body:
         def _(info: plgpu.NDLoopInfo):
             (index,) = info.index
             m, n = plgpu.planar_snake(index, (self.M // rows, self.N // columns), 0, t.wide)
-            rank = lax.axis_index("cluster")
+            rank = lax.axis_index("cluster") if t.cluster > 1 else 0
             row, column = m * rows, n * columns
             if t.share_x:
                 column += rank * t.columns

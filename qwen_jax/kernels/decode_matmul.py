@@ -14,7 +14,7 @@ from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 from qwen_jax.kernels.tilings import tiling_for
 
 # Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover).
-MAX_ROWS = 32
+MAX_ROWS = 128
 # Of one call: accumulators of more would not stay in registers.
 MOST_ROWS = 32
 
