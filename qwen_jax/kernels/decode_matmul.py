@@ -13,8 +13,10 @@ from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 from qwen_jax.kernels.tilings import tiling_for
 
-# Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover).
+# Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover: 1.1 times the
+# kernel's time at 128 rows of int4). XLA unpacks bfloat16 twenty times slower.
 MAX_ROWS = 128
+_MAX_ROWS_BF16 = 1024
 # Of one call: accumulators of more would not stay in registers.
 MOST_ROWS = 32
 
@@ -89,7 +91,7 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
 
 def choose(x: jax.Array, w: PackedWeight) -> str:
     """The kernel for few rows on a Hopper card, if a tiling divides the weight; XLA otherwise."""
-    few = x.shape[0] <= MAX_ROWS
+    few = x.shape[0] <= (_MAX_ROWS_BF16 if w.kind == "bf16" else MAX_ROWS)
     chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "xla"
     rows = f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}"
     say_once(f"packed products of {rows} run on {chosen}")

@@ -65,14 +65,14 @@ class Tiling:
 
 
 # Format, N, K of Qwen-72B -> (rows of activations up to, tiling), from benchmarks/qmatmul.py.
-_BIG, _LONG = Tiling(blocks=3, warps=16, splits=2, ahead=4), dict(warps=16, splits=8, ahead=4)
+_BIG = Tiling(blocks=3, warps=16, splits=2, ahead=4)
 _TUNED: dict[tuple[str, int, int], list[tuple[int, Tiling]]] = {
     ("int4", 24576, 8192): [
         (8, Tiling(blocks=1, warps=24, splits=2, ahead=4)),
         (16, Tiling(blocks=1, warps=12, splits=2, ahead=8)),
     ],
     ("int4", 49152, 8192): [(16, _BIG)],
-    ("int4", 8192, 24576): [(8, Tiling(blocks=2, **_LONG)), (16, Tiling(blocks=1, **_LONG))],
+    ("int4", 8192, 24576): [(16, Tiling(blocks=2, warps=16, splits=8, ahead=2))],
     ("int4", 8192, 8192): [
         (8, Tiling(blocks=2, warps=8, splits=8, ahead=4)),
         (16, Tiling(blocks=1, warps=16, splits=4, ahead=8)),

@@ -1,0 +1,115 @@
+"""Frozen products with LoRA in them: against PyTorch, and the kernel interpreted on the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from qwen_jax.kernels import _pallas_gemm, _pallas_qmatmul
+from qwen_jax.kernels.decode_matmul import decode_matmul, decode_matmul_xla
+from qwen_jax.kernels.lora_matmul import lora_matmul
+from qwen_jax.kernels.packing import pack
+from qwen_jax.quant import QuantFormat, dequantize, quantize
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_products_and_gradients_equal_those_of_torch():
+    """Two weights that read one x: one quantized and with a pair, one plain and without."""
+    x, a, b = normal(0, 2, 5, 64), normal(1, 8, 64), normal(2, 8, 3, 4)
+    frozen = quantize(jnp.asarray(normal(3, 3, 4, 64)), QuantFormat.named("nf4"))
+    weights = (frozen, jnp.asarray(normal(4, 6, 64)))
+
+    def loss(x, pair):
+        first, second = lora_matmul(x, weights, (pair, None))
+        return jnp.sum(jnp.sin(first)) + jnp.sum(jnp.cos(second))
+
+    value, (dx, pair) = jax.value_and_grad(loss, (0, 1))(x, {"a": a, "b": b})
+
+    tx, ta, tb = (torch.tensor(v.astype(np.float64), requires_grad=True) for v in (x, a, b))
+    dense = torch.tensor(np.asarray(dequantize(frozen, jnp.float32), np.float64))
+    first = torch.einsum("bti,oni->bton", tx, dense)
+    first = first + torch.einsum("bti,ri,ron->bton", tx, ta, tb)
+    total = torch.sin(first).sum() + torch.cos(tx @ torch.tensor(normal(4, 6, 64)).double().T).sum()
+    total.backward()
+    np.testing.assert_allclose(value, total.item(), rtol=1e-4)
+    for ours, theirs in ((dx, tx), (pair["a"], ta), (pair["b"], tb)):
+        want = theirs.grad.numpy()
+        assert np.abs(np.asarray(ours) - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_kernel_interpreted(rank):
+    """Four pieces for two blocks, each of four steps through a ring of two tiles."""
+    M, N, K = 256, 128, 256
+    tiling = _pallas_gemm.Tiling(rows=64, columns=64, stages=2, cluster=1)
+    shapes = [(M, K), (K, N), (M, rank), (rank, N)]
+    x, w, *pair = (jnp.asarray(normal(i, *s), jnp.bfloat16) for i, s in enumerate(shapes))
+    y = _pallas_gemm.gemm(
+        x, w, *(pair if rank else ()), turned=True, tiling=tiling, blocks=2,
+        interpret=InterpretGPUParams(),
+    )  # fmt: skip
+    x, w, low, b = (np.asarray(v, np.float64) for v in (x, w, *pair))
+    want = x @ w + low @ b
+    # Rounded once to 8 bits.
+    assert np.abs(np.asarray(y, np.float64) - want).max() <= 2**-8 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "turned", "rank"),
+    [(jnp.bfloat16, False, 8), (jnp.bfloat16, True, 64), (jnp.float8_e4m3fn, False, 8)],
+)
+def test_kernel_lowers_for_a_card(dtype, turned, rank):
+    M, N, K = 512, 1024, 512
+    shapes = [(M, K), (K, N) if turned else (N, K), (M, rank), (rank, N)]
+    inputs = [
+        jax.ShapeDtypeStruct(shape, dtype if i < 2 else jnp.bfloat16)
+        for i, shape in enumerate(shapes)
+    ]
+    if dtype != jnp.bfloat16:
+        inputs.append(jax.ShapeDtypeStruct((M,), jnp.float32))
+    run = jax.jit(functools.partial(_pallas_gemm.gemm, turned=turned))
+    text = run.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ((100, 1024, 512, 8), "a product of 100 x 512"),
+        ((256, 1000, 512, 8), "not cut by tiles"),
+        ((256, 1024, 512, 12), "rank 12"),
+        ((256, 1024, 512, 128), "rank 128"),
+    ],
+)
+def test_what_the_kernel_does_not_serve(shape, why):
+    with pytest.raises(NotImplementedError, match=why):
+        _pallas_gemm.check(*shape)
+
+
+@pytest.mark.parametrize("M", [5, 33, 40, 100])
+def test_many_rows_go_through_the_few_row_kernel_in_pieces(monkeypatch, M):
+    """A stand-in for the kernel's call, which takes 32 rows at most and returns parts of k."""
+    q = quantize(jnp.asarray(normal(0, 256, 1024)), QuantFormat.named("int4"))
+    w = pack(jax.tree.map(lambda leaf: leaf[None], q))
+    rows_seen = []
+
+    def split_matmul(index, x, codes, scale, *, tiling, kind):
+        rows_seen.append(len(x))
+        half = x.shape[1] // 2
+        zeros = jnp.zeros_like(x[:, :half])
+        parts = [(x[:, :half], zeros), (zeros, x[:, half:])]
+        return jnp.stack([decode_matmul_xla(jnp.concatenate(p, 1), w, index[0]) for p in parts])
+
+    monkeypatch.setattr(_pallas_qmatmul, "split_matmul", split_matmul)
+    x = jnp.asarray(normal(1, M, 1024))
+    ours = decode_matmul(x, w, jnp.int32(0), implementation="mosaic")
+    theirs = decode_matmul_xla(x, w, jnp.int32(0))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert max(rows_seen) <= 32 and len(set(rows_seen)) == 1
