@@ -202,14 +202,16 @@ def draft(
         drafts, found = look_up(text, state.cache.lengths + 1, count)
         found &= ~state.done
 
-        def several():
-            return _advance(*fixed, state, text, drafts, found)
+        def several(carry):
+            return _advance(*fixed, *carry[:2], drafts, found)
 
-        def single():
-            new, longer, out = _advance(*fixed, state, text, drafts[:, :0], found)
+        def single(carry):
+            new, longer, out = _advance(*fixed, *carry[:2], drafts[:, :0], found)
             return new, longer, jnp.pad(out, [(0, 0), (0, count)], constant_values=NOTHING)
 
-        state, text, out = jax.lax.cond(jnp.any(found), several, single)
+        tried = jnp.any(found)
+        made = (state, text, jnp.full((B, count + 1), NOTHING, jnp.int32))
+        state, text, out = _when(~tried, single, _when(tried, several, made))
         return index + 1, state, text, block.at[:, index].set(out)
 
     def goes_on(carry):
@@ -219,6 +221,14 @@ def draft(
     start = (jnp.int32(0), state, text, block)
     _, state, text, block = jax.lax.while_loop(goes_on, step, start)
     return state, text, block.reshape(B, -1), state.done
+
+
+def _when(wanted: jax.Array, advance, carry):
+    """advance(carry) if wanted: a loop of one turn or none, where a branch would copy the cache."""
+    once = jax.lax.while_loop(
+        lambda c: c[0], lambda c: (jnp.zeros((), bool), advance(c[1])), (wanted, carry)
+    )
+    return once[1]
 
 
 def _advance(

@@ -187,6 +187,7 @@ def test_packed_sequences_do_not_see_each_other():
         np.testing.assert_allclose(ours[start:stop], theirs, atol=1e-4)
 
 
+@pytest.mark.slow  # a program for each field
 def test_every_config_field_changes_the_output_or_raises():
     base = tiny_config(use_dynamic_ntk=True, use_logn_attn=True)
     changed = dict(

@@ -224,7 +224,7 @@ def test_units_of_keys_round_no_bfloat16_weight():
     np.testing.assert_array_equal(got, want.reshape(48, 128))
 
 
-@pytest.mark.parametrize("kind", ["int4", "bf16"])
+@pytest.mark.parametrize("kind", ["int4", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_logits_of_whole_sequences(kind):
     params = random_params(CFG, kind)
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, CFG.vocab_size)

@@ -142,9 +142,9 @@ def requests():
 @pytest.mark.parametrize(
     "text",
     [
-        "data=2,fsdp=2,tensor=2",
+        pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
         pytest.param("tensor=4", marks=pytest.mark.slow),
-        pytest.param("data=2,tensor=2", marks=pytest.mark.slow),
+        "data=2,tensor=2",
     ],
 )
 def test_engine_gives_the_tokens_of_one_device(text):
