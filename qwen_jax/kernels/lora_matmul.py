@@ -148,8 +148,10 @@ def _gemm(
         codes, step = quantize_rows(x)
         weight, unit = fp8_weight(w, turned=backward)
         scale = step * unit
-        # The kernel scales the whole sum, so the low-rank term comes divided by it.
-        low = (low.astype(jnp.float32) / scale[:, None]).astype(x.dtype)
+        # The kernel scales the whole sum, so the low-rank term comes divided by it. A row of zeros
+        # has a scale that may be flushed to zero, and nothing to divide.
+        divisor = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None]
+        low = (low.astype(jnp.float32) / divisor).astype(x.dtype)
         return _pallas_gemm.gemm(codes, weight.reshape(b.shape[1], -1), low, b, scale)
     dense = dequantize(w, x.dtype).reshape(-1, w.shape[-1])
     return _pallas_gemm.gemm(x, dense, low, b, turned=backward)
