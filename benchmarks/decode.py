@@ -45,7 +45,7 @@ from qwen_jax.prefill import fill, forward
 from qwen_jax.quant import QuantFormat
 from qwen_jax.sampling import SamplingParams, row_keys, row_params
 from qwen_jax.sharding import make_mesh, parse_mesh
-from sample.plan import budget
+from sample.plan import PREFILL_WORK, budget
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 KINDS = ("int4", "nf4", "int8", "bf16")
@@ -99,6 +99,11 @@ def start(cfg: ModelConfig, args: Args, batch: int, capacity: int, dtype, mesh: 
     return requests, state
 
 
+def room_for(tokens: int) -> int:
+    """Slots of a cache for so many tokens."""
+    return -(-tokens // 64) * 64
+
+
 def bandwidth() -> float:
     size = 1 << 16 if jax.default_backend() == "gpu" else 1 << 10
     data = jax.random.bits(jax.random.key(0, impl="rbg"), (size // 4, size), jnp.uint32)
@@ -117,7 +122,7 @@ def measure(
     mesh: Mesh | None,
 ) -> dict:  # fmt: skip
     tokens = (args.dispatches + 4) * steps.BLOCK
-    capacity = -(-(args.context + tokens) // 64) * 64
+    capacity = room_for(args.context + tokens)
     dtype = jnp.dtype(cache_dtype) if cache_dtype else params["wte"].dtype
     split = padded_rows(1, mesh)
     if batch % split:
@@ -140,7 +145,7 @@ def measure(
     stacks = (state.cache.k, state.cache.v, state.cache.k_scale, state.cache.v_scale)
     kept = device_bytes(stacks) * filled / capacity
     limit = (weights + kept) / rate
-    plan = (cfg, args, params["wte"].dtype, batch, capacity, mesh)
+    plan = planned(cfg, args, params["wte"].dtype, batch, capacity, mesh, cache_dtype or None)
     work = steps.decode.lower(*fixed, state).compile().memory_analysis()
     if args.profile and batch == 1:
         with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +165,7 @@ def measure(
         "weights GB": round(weights / 1e9, 2),
         "cache GB": round(kept / 1e9, 2),
         "memory GB": round(memory(work) / 1e9, 2),
-        "planned GB": round(planned(*plan, cache_dtype or None) / 1e9, 2),
+        "planned GB": round(plan / 1e9, 2),
         "compile s": round(compile_seconds, 1),
         "tokens differ": len(set(np.asarray(block).reshape(-1).tolist())),
     }
@@ -182,8 +187,8 @@ def planned(
         checksums={},
     )  # fmt: skip
     sizes = parse_mesh("1") if mesh is None else dict(mesh.shape)
-    items = budget(manifest, sizes, rows, tokens, None, 0, cache_dtype=cache_dtype).items
-    return sum(size for name, size in items.items() if prefill or not name.startswith("work"))
+    plan = budget(manifest, sizes, rows, tokens, None, 0, cache_dtype=cache_dtype)
+    return plan.total - (0 if prefill else plan.items[PREFILL_WORK])
 
 
 def print_row(
@@ -231,8 +236,8 @@ def verify_seconds(
     cfg: ModelConfig, params: dict, context: int, tokens: int, mesh: Mesh | None
 ) -> float:
     """Time of one pass over `tokens` new tokens of one row, with all their logits."""
-    rows, room = padded_rows(1, mesh), -(-(context + tokens) // 64) * 64
-    cache = filled_cache(cfg, rows, room, context, params["wte"].dtype, mesh)
+    rows, capacity = padded_rows(1, mesh), room_for(context + tokens)
+    cache = filled_cache(cfg, rows, capacity, context, params["wte"].dtype, mesh)
     ids = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (rows, tokens))
     counts = jnp.full((rows,), tokens, jnp.int32)
 

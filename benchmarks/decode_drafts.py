@@ -11,7 +11,7 @@ up to `period` and start again. A text of the past then decides what drafts do, 
     new        the text has nothing in common with what comes: no draft is found
     wrong      whatever three tokens come stood in the text before, with another one after them
 
-Each is timed with drafts and without, in turns, as the engine dispatches them.
+Each is timed with drafts and without, in turns: the engine's dispatches, one after the other.
 """
 
 import dataclasses
@@ -75,8 +75,8 @@ def timed(
     cfg: ModelConfig, args: Args, params: dict, text: np.ndarray, drafts: int
 ) -> tuple[float, np.ndarray]:
     """Seconds of the timed dispatches, and their tokens."""
-    capacity = args.context + (args.dispatches + 2) * steps.BLOCK * (drafts + 1)
-    capacity = -(-capacity // 64) * 64
+    made = (args.dispatches + 2) * steps.BLOCK * (drafts + 1)
+    capacity = decode.room_for(args.context + made)
     flags = decode.Args(greedy=True, context=args.context)
     requests, state = decode.start(cfg, flags, 1, capacity, params["wte"].dtype, None)
     state = state.replace(token=jnp.asarray(text[-1:]))
@@ -104,7 +104,8 @@ def timed(
 
 def measure(cfg: ModelConfig, args: Args, params: dict, name: str) -> str:
     """A row of the table."""
-    period = min(200, cfg.vocab_size // 2) if name == "repeats" else cfg.vocab_size // 2
+    # A cycle that the text has gone through already, or one that no answer here gets through.
+    period = min(200, args.context // 2) if name == "repeats" else cfg.vocab_size // 2
     params = with_cycle(params, period)
     text = past(name, period, args.context, cfg.vocab_size)
     times = {0: [], args.drafts: []}

@@ -85,6 +85,10 @@ def random_stack(N: int, K: int, kind: str) -> tuple[jax.Array, jax.Array | None
     return w.codes, w.scale, tree_bytes(w) / LAYERS
 
 
+def activations(M: int, K: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+
+
 def ceiling() -> float:
     """Bytes a second of the simplest read: row sums of 4.3 GB."""
     data = jax.random.bits(jax.random.key(0, impl="rbg"), (1 << 14, 1 << 16), jnp.uint32)
@@ -162,7 +166,7 @@ def sweep(args: Args) -> None:
             tiling = Tiling(blocks=blocks, warps=warps, splits=splits, ahead=ahead)
             line = f"{kind} {name} {candidate}"
             for M in args.rows:
-                x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+                x = activations(M, K)
                 fn = functools.partial(split_matmul, tiling=tiling, kind=kind)
                 try:
                     seconds = kernel_seconds(fn, x, codes, scale)
@@ -184,7 +188,7 @@ def table(args: Args) -> None:
             try:
                 tiling = tiling_for(M, N, K, kind)
                 fn = functools.partial(split_matmul, tiling=tiling, kind=kind)
-                x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+                x = activations(M, K)
                 seconds = program_seconds(fn, x, codes, scale)
                 cut = dataclasses.astuple(tiling)[:4]
                 line = f"{kind} | {name} | {M} | {cut} | {seconds * 1e6:.1f}"
@@ -211,7 +215,7 @@ def crossover(args: Args) -> None:
         N, K = cut_shape(name, args.tensor)
         codes, scale, _ = random_stack(N, K, kind)
         for M in args.rows:
-            x = jax.random.normal(jax.random.key(5), (M, K)).astype(jnp.bfloat16)
+            x = activations(M, K)
             times = []
             for implementation in ("mosaic", "xla"):
                 fn = functools.partial(as_decoded, kind=kind, implementation=implementation)

@@ -1,8 +1,8 @@
 """How the program sets up jax before its first use: device memory and compiled programs.
 
 All of it is decided here and not by the user's environment, except that a variable which the user
-did set wins. XLA's flags stay as they are: none that was tried made a training step faster
-(docs/benchmarks.md). It knows nothing of models.
+did set wins. XLA's flags stay as they are; what a training step wants is an option of its program
+(train/overlap.py). It knows nothing of models.
 """
 
 import importlib.util

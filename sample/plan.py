@@ -21,6 +21,7 @@ REMEDY = (
 )
 
 
+PREFILL_WORK = "work of a prefill"  # the item of a plan that decoding does not need
 # Of tokens, and of GB: no machine has as many.
 MOST = 2**31 - 1
 
@@ -91,7 +92,7 @@ def budget(
         {
             **weight_bytes(cfg, dtype, manifest.quantization, sizes, packed=whole),
             f"KV cache of {rows} x {tokens} tokens": cache,
-            "work of a prefill": work // sizes["tensor"] * dtype.itemsize + mask + logits,
+            PREFILL_WORK: work // sizes["tensor"] * dtype.itemsize + mask + logits,
         },
         limit,
     )

@@ -8,7 +8,7 @@ import pytest
 from qwen_jax.kernels import _pallas_codes as codes
 from qwen_jax.kernels import _pallas_dequantize as kernel
 from qwen_jax.kernels.dequantize import dequantize as dequantize_kernel
-from qwen_jax.kernels.qmatmul import qmatmul
+from qwen_jax.kernels.lora_matmul import lora_matmul
 from qwen_jax.quant import Layer, QTensor, QuantFormat, dequantize, quantize
 from tests.ptx_numpy import Machine
 
@@ -83,7 +83,7 @@ def test_a_layer_of_a_stack_multiplies_like_the_layer_cut_out(kind, compute):
     x = jax.random.normal(jax.random.key(0), (3, 256))
 
     def loss(x, w):
-        return jnp.sum(jnp.sin(qmatmul(x, w, compute)))
+        return jnp.sum(jnp.sin(lora_matmul(x, (w,), (None,), compute)[0]))
 
     step = jax.jit(jax.value_and_grad(loss))
     cut = jax.tree.map(lambda a: a[2], q)

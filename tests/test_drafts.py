@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import decode
+from benchmarks import decode, decode_drafts
 from benchmarks.drafts import count_passes
 from qwen_jax import drafts, engine, steps
 from qwen_jax.config import ModelConfig
@@ -122,3 +122,13 @@ def test_a_step_that_may_draft_does_not_copy_the_cache():
     shape = ",".join(map(str, state.cache.k.shape))
     assert f"f32[{shape}]" in program
     assert not re.search(rf"f32\[{shape}\]\S* copy\(", program)
+
+
+@pytest.mark.slow  # programs with and without drafts for each text
+def test_the_benchmark_drafts_what_its_texts_say(capsys):
+    decode_drafts.main(["--toy", "--context", "64", "--dispatches", "2", "--rounds", "1"])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
+    # The benchmark itself fails if an answer is not the one that was built into its weights.
+    assert [(row[1].strip(), row[2].strip()) for row in rows] == [
+        ("repeats", "8.00"), ("new", "1.00"), ("wrong", "1.00"),
+    ]  # fmt: skip

@@ -9,7 +9,8 @@
               since carrying them over would copy them
 
 They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Nothing here is
-measured yet on several GPUs; `benchmarks.train --overlap` compares.
+measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU there is nothing to
+exchange, and another option matters (`_ONE_DEVICE`).
 """
 
 import functools
@@ -32,8 +33,8 @@ _PIPELINE = _SCHEDULE | {
     "xla_gpu_enable_pipelined_all_gather": True,
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
-# On one device it would fuse a kernel of ours with the copy of its result to where a loop keeps it,
-# and run it a second time for whoever else reads that result.
+# XLA would fuse a kernel of ours with the copy of its result to where a loop keeps it, and run it a
+# second time for whoever else reads that result. Meshes of several run no such kernel.
 _ONE_DEVICE: dict[str, bool | int] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _OPTIONS: dict[str, dict[str, bool | int]] = {
     "none": {},
@@ -53,8 +54,10 @@ def compiler_options(mesh: Mesh, overlap: str = "auto") -> dict[str, bool | int]
         raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
     if mesh.devices.flat[0].platform != "gpu":
         return {}
-    chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
-    chosen = _ONE_DEVICE if mesh.size == 1 else chosen
+    if mesh.size == 1:  # nothing to exchange
+        chosen = _ONE_DEVICE
+    else:
+        chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
     return {name: value for name, value in chosen.items() if known(name, value)}
 
 
@@ -66,6 +69,6 @@ def known(name: str, value: bool | int) -> bool:
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise
-        _log.warning("this jaxlib does not know %s: exchange may hide less", name)
+        _log.warning("this jaxlib does not know %s: a step may be slower", name)
         return False
     return True

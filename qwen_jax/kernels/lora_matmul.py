@@ -9,10 +9,12 @@ it also multiplies by the units of rows and weight. Elsewhere XLA does all that.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.kernels.dequantize import dequantize
@@ -72,26 +74,34 @@ lora_matmul.defvjp(_forward, _backward)
 
 def narrow(x: jax.Array, pairs: tuple[Pair | None, ...]) -> list[jax.Array | None]:
     """x @ a^T for each pair, [..., R], as one product."""
-    present = [pair["a"] for pair in pairs if pair is not None]
-    if not present:
-        return [None] * len(pairs)
-    low = jax.lax.dot_general(x, jnp.concatenate(present), (((x.ndim - 1,), (1,)), ((), ())))
-    low = checkpoint_name(low, LOW)
-    ends = [sum(len(a) for a in present[: i + 1]) for i in range(len(present) - 1)]
-    lows = iter(jnp.split(low, ends, axis=-1))
-    return [None if pair is None else next(lows) for pair in pairs]
+
+    def product(a: jax.Array) -> jax.Array:
+        low = jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))
+        return checkpoint_name(low, LOW)
+
+    return _as_one(product, [None if pair is None else pair["a"] for pair in pairs], 0, -1)
 
 
 def _narrow_gradients(x: jax.Array, slopes: list[jax.Array | None]) -> list[jax.Array | None]:
     """slope^T @ x for each, [R, I], as one product."""
-    present = [slope for slope in slopes if slope is not None]
-    if not present:
-        return slopes
     rows = tuple(range(x.ndim - 1))
-    joined = jax.lax.dot_general(jnp.concatenate(present, -1), x, ((rows, rows), ((), ())))
-    ends = [sum(s.shape[-1] for s in present[: i + 1]) for i in range(len(present) - 1)]
-    parts = iter(jnp.split(joined, ends))
-    return [None if slope is None else next(parts) for slope in slopes]
+    product = lambda slope: jax.lax.dot_general(slope, x, ((rows, rows), ((), ())))  # noqa: E731
+    return _as_one(product, slopes, -1, 0)
+
+
+def _as_one(
+    product: Callable[[jax.Array], jax.Array],
+    factors: list[jax.Array | None],
+    axis: int,  # of the factors: their ranks
+    out_axis: int,  # the same of the product
+) -> list[jax.Array | None]:
+    """product(factor) for each, computed at once; None stays None."""
+    present = [factor for factor in factors if factor is not None]
+    if not present:
+        return factors
+    ends = np.cumsum([factor.shape[axis] for factor in present])[:-1]
+    parts = iter(jnp.split(product(jnp.concatenate(present, axis)), ends, out_axis))
+    return [None if factor is None else next(parts) for factor in factors]
 
 
 def product(

@@ -1,15 +1,15 @@
-"""x @ W^T for a frozen weight, plain or quantized.
+"""x @ W^T for a frozen weight, plain or quantized, and the product of its backward pass.
 
 The weight never gets a gradient: the backward pass is one product with the same weight,
-dequantized again, so that nothing but the packed bytes lives between the two passes. A weight may
-come as a `Layer`, a stack and an index; that is what the dequantization kernel reads.
+dequantized again, so that nothing but the packed bytes lives between the two passes. What makes
+them one differentiable function is lora_matmul.py. A weight may come as a `Layer`, a stack and an
+index; that is what the dequantization kernel reads.
 
 `fp8` computes both products in e4m3 (4 exponent bits, 3 of mantissa, largest value 448), with one
 scale for each row of the activations and one for the weight. Hopper does these at twice the rate
 of bf16.
 """
 
-import functools
 import math
 
 import jax
@@ -23,7 +23,6 @@ Weight = jax.Array | QTensor | Layer
 COMPUTE = ("bf16", "fp8")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def qmatmul(
     x: jax.Array,  # [..., I]
     w: Weight,  # [*O, I]
@@ -36,10 +35,6 @@ def qmatmul(
     if compute == "fp8":
         return _fp8_product(x, x.shape[:-1], w, last)
     return jax.lax.dot_general(x, _dense(w, x.dtype), (last, ((), ())))
-
-
-def _forward(x: jax.Array, w: Weight, compute: str):
-    return qmatmul(x, w, compute), w
 
 
 def input_gradient(
@@ -56,9 +51,6 @@ def input_gradient(
     # bf16 gains nothing from a turned weight (docs/benchmarks.md).
     dims = (dims[0], tuple(range(outs)))
     return jax.lax.dot_general(g, _dense(w, g.dtype), (dims, ((), ())))
-
-
-qmatmul.defvjp(_forward, lambda compute, w, g: (input_gradient(g, w, compute), None))
 
 
 def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
