@@ -210,14 +210,14 @@ def as_decoded(layer, x, codes, scale, *, kind: str, implementation: str) -> jax
 
 def crossover(args: Args) -> None:
     """Both implementations of the product for growing numbers of rows."""
-    print("format | shape | rows | mosaic us | xla us | xla / mosaic")
+    print("format | shape | rows | mosaic us | unpacked us | unpacked / mosaic")
     for kind, name in itertools.product(args.kinds, args.shapes):
         N, K = cut_shape(name, args.tensor)
         codes, scale, _ = random_stack(N, K, kind)
         for M in args.rows:
             x = activations(M, K)
             times = []
-            for implementation in ("mosaic", "xla"):
+            for implementation in ("mosaic", "unpacked"):
                 fn = functools.partial(as_decoded, kind=kind, implementation=implementation)
                 times.append(program_seconds(fn, x, codes, scale) * 1e6)
             ours, theirs = times

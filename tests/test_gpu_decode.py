@@ -18,6 +18,7 @@ from qwen_jax.kernels.decode_matmul import decode_matmul
 from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.packing import pack
 from qwen_jax.kernels.residual_norm import residual_norm, residual_norm_xla
+from qwen_jax.kernels.unpack import unpack
 from qwen_jax.quant import quantize_heads
 
 pytestmark = [
@@ -43,17 +44,26 @@ def normal(seed, shape, dtype=jnp.bfloat16):
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "bf16"])
 @pytest.mark.parametrize(("N", "K"), [(1024, 1024), (256, 5 * 128), (512, 43 * 128)])
 def test_products(kind, N, K):
-    """Odd numbers of groups are padded; from 33 rows on XLA's way is taken."""
+    """Odd numbers of groups are padded; above 128 rows the weight is unpacked for a GEMM."""
     stack = random_stack(0, kind, 3, N, K)
     w, dense = pack(stack), layer_of(stack, 1)
-    for M in (1, 2, 8, 9, 16, 32, 64):
+    for M in (1, 2, 8, 9, 16, 32, 64, 200):
         x = normal(M, (M, K))
         poison()
-        name = "mosaic" if M <= 32 else None
+        name = "mosaic" if M <= 128 else "unpacked"
         got = jax.jit(lambda x: decode_matmul(x, w, jnp.int32(1), implementation=name))(x)  # noqa: B023
         with jax.default_matmul_precision("highest"):
             want = x.astype(jnp.float32) @ dense.T
         assert relative_error(got, want) < 4e-3, (kind, M)  # the rounding of the result to bfloat16
+
+
+@pytest.mark.parametrize(("N", "K"), [(1024, 1024), (512, 160), (5120, 13696)])
+def test_bfloat16_weights_back_in_rows(N, K):
+    stack = random_stack(0, "bf16", 2, N, K)
+    w = pack(stack)
+    poison()
+    got = unpack(w, jnp.int32(1), jnp.bfloat16, implementation="mosaic")
+    np.testing.assert_array_equal(got.view(jnp.uint16), stack[1].view(jnp.uint16))
 
 
 @pytest.mark.parametrize("quantized", [False, True])

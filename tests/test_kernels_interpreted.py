@@ -11,6 +11,7 @@ from qwen_jax.kernels import _pallas_decode_attention as attention_body
 from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
 from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
+from qwen_jax.kernels import _pallas_unpack as unpack_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
 from qwen_jax.kernels.decode_attention import decode_attention_xla
 from qwen_jax.kernels.packing import pack_layer
@@ -174,6 +175,26 @@ def test_residual_and_norm(monkeypatch, D):
     want = residual_norm_xla(*map(jnp.asarray, (x, parts, weight)), jnp.int32(1), 1e-6)
     np.testing.assert_array_equal(launch.read(outs[0]), np.asarray(want[0]))
     assert relative_error(launch.read(outs[1]), want[1]) < 2e-3
+
+
+@pytest.mark.parametrize(("N", "size"), [(64, 256), (512, 160), (32, 1024)])
+def test_bfloat16_weights_back_in_rows(monkeypatch, N, size):
+    """Bit for bit, every value that was packed; padding is not written, and NaN would be seen."""
+    weights = [normal(i, (N, size), BF16) for i in range(2)]
+    codes = np.stack([np.asarray(pack_layer(jnp.asarray(w), None, "bf16")[0]) for w in weights])
+    body = unpack_body.Body(N=N, K=codes.shape[2] * 16, I=size).checked()
+    launch = Launch(body.blocks, 256, 0)
+    refs = [launch.array(a) for a in (np.array([1], np.int32), codes)]
+    out = launch.array(np.full((N, size), np.nan, BF16))
+    with interpreted(launch, monkeypatch, unpack_body):
+        body(None, *refs, out)
+    np.testing.assert_array_equal(launch.read(out), weights[1])
+
+
+def test_sizes_that_bfloat16_is_not_unpacked_in():
+    for N, size in ((64, 264), (16, 256)):
+        with pytest.raises(NotImplementedError, match=f"unpacking {N} x {size}"):
+            unpack_body.Body(N=N, K=512, I=size).checked()
 
 
 @pytest.mark.parametrize("K", [2048, 6144])

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.hopper import on_hopper, say_once
-from qwen_jax.kernels.packing import PackedWeight, unpack_layer
+from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.kernels.tilings import tiling_for
+from qwen_jax.kernels.unpack import unpack
 
 # Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover: 1.1 times the
-# kernel's time at 128 rows of int4). XLA unpacks bfloat16 twenty times slower.
+# kernel's time at 128 rows of int4).
 MAX_ROWS = 128
-_MAX_ROWS_BF16 = 1024
 # Of one call: accumulators of more would not stay in registers.
 MOST_ROWS = 32
 
@@ -26,7 +26,7 @@ def decode_matmul(
     w: PackedWeight,
     layer: jax.Array,  # int32 []
     *,
-    implementation: str | None = None,  # "mosaic" or "xla"; None chooses
+    implementation: str | None = None,  # "mosaic", "unpacked" or "xla"; None chooses
 ) -> jax.Array:  # [..., *O], in x's dtype
     """Multiplies with one layer of a packed stack; sums in float32, rounded once."""
     flat = x.reshape(-1, x.shape[-1])
@@ -45,15 +45,19 @@ def decode_parts(
     them up as it reads.
 
     A named implementation never falls back; the automatic choice takes the kernel for up to
-    `MAX_ROWS` rows in bfloat16 on a Hopper card, else unpacks in front of a GEMM.
+    `MAX_ROWS` rows in bfloat16 on a Hopper card, else unpacks in front of a GEMM ("unpacked").
     """
     if x.ndim != 2 or x.shape[-1] != w.in_size:
         raise ValueError(f"x is {x.shape}, the packed weight expects [M, {w.in_size}]")
     chosen = implementation or choose(x, w)
     if chosen == "mosaic":
         return _mosaic(x, w, layer)
+    if chosen == "unpacked":
+        return _gemm(x, unpack(w, layer, x.dtype))[None]
     if chosen != "xla":
-        raise ValueError(f"decode_matmul implementation {chosen!r}: expected 'mosaic' or 'xla'")
+        raise ValueError(
+            f"decode_matmul implementation {chosen!r}: expected 'mosaic', 'unpacked' or 'xla'"
+        )
     return decode_matmul_xla(x, w, layer)[None]
 
 
@@ -62,11 +66,11 @@ def decode_matmul_xla(
     w: PackedWeight,
     layer: jax.Array,  # int32 []
 ) -> jax.Array:  # float32 [M, N]
-    """The reference: unpacks the layer in x's dtype in front of a GEMM."""
-    codes, scale = jax.tree.map(
-        lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False), (w.codes, w.scale)
-    )
-    dense = unpack_layer(codes, scale, w.kind, x.dtype)[:, : w.in_size]
+    """The reference: XLA unpacks the layer in x's dtype in front of a GEMM."""
+    return _gemm(x, unpack(w, layer, x.dtype, implementation="xla"))
+
+
+def _gemm(x: jax.Array, dense: jax.Array) -> jax.Array:
     last = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, dense, last, preferred_element_type=jnp.float32)
 
@@ -90,11 +94,12 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
 
 
 def choose(x: jax.Array, w: PackedWeight) -> str:
-    """The kernel for few rows on a Hopper card, if a tiling divides the weight; XLA otherwise."""
-    few = x.shape[0] <= (_MAX_ROWS_BF16 if w.kind == "bf16" else MAX_ROWS)
-    chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "xla"
+    """The kernel for few rows on a Hopper card, if a tiling divides the weight."""
+    few = x.shape[0] <= MAX_ROWS
+    chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "unpacked"
     rows = f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}"
-    say_once(f"packed products of {rows} run on {chosen}")
+    how = "on mosaic" if chosen == "mosaic" else "on xla, after unpacking"
+    say_once(f"packed products of {rows} run {how}")
     return chosen
 
 
