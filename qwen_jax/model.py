@@ -38,31 +38,34 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype) * weight
 
 
-def mlp_block(x: jax.Array, w: Params, lora: Params, multiply=lora_matmul) -> jax.Array:
+def mlp_block(
+    x: jax.Array, w: Params, lora: Params, baton: jax.Array, multiply=lora_matmul
+) -> jax.Array:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
     with jax.named_scope("mlp"):
-        up, gate = multiply(x, (w["up"], w["gate"]), (lora.get("up"), lora.get("gate")))
+        pairs = lora.get("up"), lora.get("gate")
+        (up, gate), baton = multiply(x, (w["up"], w["gate"]), pairs, baton)
         up, gate = checkpoint_name(up, UP), checkpoint_name(gate, GATE)
-        (y,) = multiply(up * jax.nn.silu(gate), (w["down"],), (lora.get("down"),))
+        (y,), _ = multiply(up * jax.nn.silu(gate), (w["down"],), (lora.get("down"),), baton)
         return y
 
 
-def project_qkv(x, w, lora, angles, logn, multiply=lora_matmul):
-    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given."""
-    (qkv,) = multiply(x, (w["wqkv"],), (lora.get("wqkv"),))
+def project_qkv(x, w, lora, angles, logn, baton, multiply=lora_matmul):
+    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given; baton."""
+    (qkv,), baton = multiply(x, (w["wqkv"],), (lora.get("wqkv"),), baton)
     qkv = checkpoint_name(qkv, QKV) + w["bqkv"]  # [B, T, 3, N, H]
     # A split, because its gradient is one concatenation; that of slices is a sum of padded arrays.
     q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
         q = q * logn.astype(q.dtype)
-    return q, k, v
+    return q, k, v, baton
 
 
-def project_out(x: jax.Array, w: Params, lora: Params, multiply=lora_matmul) -> jax.Array:
-    """x [B, T, N, H] -> [B, T, D]."""
-    (y,) = multiply(x.reshape(*x.shape[:2], -1), (w["wo"],), (lora.get("wo"),))
-    return y
+def project_out(x, w, lora, baton, multiply=lora_matmul):
+    """x [B, T, N, H] -> [B, T, D]; baton."""
+    (y,), baton = multiply(x.reshape(*x.shape[:2], -1), (w["wo"],), (lora.get("wo"),), baton)
+    return y, baton
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -192,12 +195,14 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, multiply=lora_matmul):
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
     y = rms_norm(x, w["ln_1"], cfg.norm_eps)
-    q, k, v = project_qkv(y, w["attn"], low_attn, angles, logn, multiply)
+    baton = jnp.zeros(())  # goes from product to product: see kernels/lora_matmul.py
+    q, k, v, baton = project_qkv(y, w["attn"], low_attn, angles, logn, baton, multiply)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)
-    x = checkpoint_name(x + project_out(y, w["attn"], low_attn, multiply), RESIDUAL)
+    y, baton = project_out(y, w["attn"], low_attn, baton, multiply)
+    x = checkpoint_name(x + y, RESIDUAL)
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
-    return x + mlp_block(y, w["mlp"], low_mlp, multiply), kept
+    return x + mlp_block(y, w["mlp"], low_mlp, baton, multiply), kept
 
 
 def hidden_states(

@@ -10,10 +10,11 @@ import torch
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from qwen_jax.kernels import _pallas_gemm, _pallas_qmatmul
+from qwen_jax.kernels import lora_matmul as lora_products
 from qwen_jax.kernels.decode_matmul import decode_matmul, decode_matmul_xla
 from qwen_jax.kernels.lora_matmul import lora_matmul
 from qwen_jax.kernels.packing import pack
-from qwen_jax.quant import QuantFormat, dequantize, quantize
+from qwen_jax.quant import Layer, QuantFormat, dequantize, quantize
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -27,7 +28,7 @@ def test_products_and_gradients_equal_those_of_torch():
     weights = (frozen, jnp.asarray(normal(4, 6, 64)))
 
     def loss(x, pair):
-        first, second = lora_matmul(x, weights, (pair, None))
+        (first, second), _ = lora_matmul(x, weights, (pair, None), jnp.zeros(()))
         return jnp.sum(jnp.sin(first)) + jnp.sum(jnp.cos(second))
 
     value, (dx, pair) = jax.value_and_grad(loss, (0, 1))(x, {"a": a, "b": b})
@@ -42,6 +43,50 @@ def test_products_and_gradients_equal_those_of_torch():
     for ours, theirs in ((dx, tx), (pair["a"], ta), (pair["b"], tb)):
         want = theirs.grad.numpy()
         assert np.abs(np.asarray(ours) - want).max() < 1e-4 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp8"])
+def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute):
+    """A baton of one instead of zero shows who waits: who does reads the next layer of the stack."""
+    L, O, I, R, M = 2, 128, 256, 8, 4
+    q = [quantize(jnp.asarray(normal(i, O, I)), QuantFormat.named("nf4")) for i in range(L)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *q)
+    dense = [np.asarray(dequantize(layer, jnp.float32)) for layer in q]
+    weights = (Layer(stack=stack, index=jnp.int32(0)),) * 2
+    pairs = ({"a": jnp.zeros((R, I)), "b": jnp.zeros((R, O))},) * 2
+
+    def gemm(x, w, low, b, scale=None, *, turned=False):
+        y = x.astype(jnp.float32) @ (w if turned else w.T).astype(jnp.float32)
+        return y if scale is None else y * scale[:, None]
+
+    monkeypatch.setattr(lora_products, "_fused", lambda *_: True)
+    monkeypatch.setattr(_pallas_gemm, "gemm", gemm)
+    x, g = jnp.asarray(normal(5, M, I)), jnp.asarray(normal(6, M, O))
+
+    def run(baton, gradient_of_baton):
+        product = functools.partial(lora_matmul, weights=weights, pairs=pairs, compute=compute)
+        (ys, passed_on), pullback = jax.vjp(lambda x, baton: product(x, baton=baton), x, baton)
+        (dx, baton) = pullback(((g, g), gradient_of_baton))
+        return [*map(np.asarray, ys), np.asarray(dx)], float(passed_on), float(baton)
+
+    def expected(first, second, first_back, second_back):
+        products = [x @ dense[i].T for i in (first, second)]
+        return [*products, g @ dense[first_back] + g @ dense[second_back]]
+
+    zero, one = jnp.zeros(()), jnp.ones(())
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=8 if compute == "fp8" else 1)
+    ours, *batons = run(zero, zero)
+    assert batons == [0, 0]
+    jax.tree.map(close, ours, expected(0, 0, 0, 0))
+    # NaN in x, and so in what is passed on, reads no other layer.
+    (_, second, _), *_ = run(zero * jnp.nan, zero)
+    close(second, expected(0, 0, 0, 0)[1])
+    monkeypatch.setattr(lora_products, "_zero_after", lambda *arrays: one)
+    ours, *batons = run(zero, zero)
+    assert batons == [1, 1]
+    jax.tree.map(close, ours, expected(0, 1, 0, 1))
+    ours, *_ = run(one, one)
+    jax.tree.map(close, ours, expected(1, 1, 1, 1))
 
 
 @pytest.mark.parametrize("rank", [0, 16])

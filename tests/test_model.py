@@ -73,7 +73,7 @@ def test_mlp_order_is_w1_times_silu_w2():
     x = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
     reference = qwen2_model(cfg, w).model.layers[1].mlp
     layer = jax.tree.map(lambda leaf: leaf[1], params["layers"]["mlp"])
-    ours = model.mlp_block(jnp.asarray(x), layer, {})
+    ours = model.mlp_block(jnp.asarray(x), layer, {}, jnp.zeros(()))
     np.testing.assert_allclose(ours, reference(torch.tensor(x)).detach().numpy(), atol=1e-5)
 
 

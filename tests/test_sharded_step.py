@@ -172,6 +172,9 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch)
     assert "xla_gpu_enable_pipelined_all_gather" in options
     assert overlap.compiler_options(Pair()) == overlap.compiler_options(Pair(), "schedule")
     assert overlap.compiler_options(Pair(), "none") == {}
+    One = type("One", (), {"size": 1, "devices": np.array([Gpu()])})
+    at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    assert overlap.compiler_options(One()) == overlap.compiler_options(One(), "none") | at_once
     assert not overlap.known("xla_gpu_no_such_option", True)
     with pytest.raises(ValueError, match="expected one of auto, none"):
         overlap.compiler_options(Pair(), "some")

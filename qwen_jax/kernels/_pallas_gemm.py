@@ -71,7 +71,7 @@ def gemm(
     run = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
-        grid=(min(blocks // t.cluster, body.pieces),),
+        grid=(body.clusters(blocks // t.cluster),),
         grid_names=("cluster_grid",),
         **({"cluster": (t.cluster,), "cluster_names": ("cluster",)} if t.cluster > 1 else {}),
         num_threads=_CONSUMERS + 1,
@@ -122,6 +122,13 @@ class Body:
         """That clusters make."""
         rows, columns = self.tiling.step
         return self.M // rows * (self.N // columns)
+
+    def clusters(self, most: int) -> int:
+        """As few as make all pieces in as many turns as `most` would need: the multiprocessors that
+        are left over can dequantize the next weight meanwhile.
+        """
+        turns = -(-self.pieces // most)
+        return -(-self.pieces // turns)
 
     @property
     def _steps(self) -> int:
