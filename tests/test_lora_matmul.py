@@ -47,7 +47,7 @@ def test_products_and_gradients_equal_those_of_torch():
 
 @pytest.mark.parametrize("compute", ["bf16", "fp8"])
 def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute):
-    """A baton of one instead of zero shows who waits: who does reads the next layer of the stack."""
+    """A baton of one instead of zero shows who waits: it then reads the stack's next layer."""
     L, O, I, R, M = 2, 128, 256, 8, 4
     q = [quantize(jnp.asarray(normal(i, O, I)), QuantFormat.named("nf4")) for i in range(L)]
     stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *q)

@@ -174,7 +174,10 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch)
     assert overlap.compiler_options(Pair(), "none") == {}
     One = type("One", (), {"size": 1, "devices": np.array([Gpu()])})
     at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-    assert overlap.compiler_options(One()) == overlap.compiler_options(One(), "none") | at_once
+    apart = overlap.compiler_options(One(), "none")
+    assert overlap.compiler_options(One()) == apart | at_once
+    assert overlap.compiler_options(One(), scarce=True) == apart
+    assert overlap.compiler_options(One(), "schedule", scarce=True) == apart | at_once
     assert not overlap.known("xla_gpu_no_such_option", True)
     with pytest.raises(ValueError, match="expected one of auto, none"):
         overlap.compiler_options(Pair(), "some")

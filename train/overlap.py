@@ -10,9 +10,9 @@
 
 They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Nothing here is
 measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU there is nothing to
-exchange; there, all but `none` run at once the kernels that do not wait for each other, so that
-weights are dequantized and results copied while a product runs (kernels/lora_matmul.py). Buffers
-are then shared less: 1.2 GB more at 72B.
+exchange. There, all but `none` run at once the kernels that do not wait for each other: weights are
+dequantized and results copied while a product runs (kernels/lora_matmul.py). Buffers are then
+shared less, 1.0 to 1.8 GB more at 72B, so `auto` does it only if memory is not `scarce`.
 """
 
 import functools
@@ -49,17 +49,21 @@ _OPTIONS: dict[str, dict[str, Option]] = {
 _log = logging.getLogger(__name__)
 
 
-def compiler_options(mesh: Mesh, overlap: str = "auto") -> dict[str, Option]:
+def compiler_options(
+    mesh: Mesh, overlap: str = "auto", *, scarce: bool = False
+) -> dict[str, Option]:
     """Options for jax.jit of a step over `mesh`; none on anything but GPUs.
 
-    `auto` is `schedule`. An option that this jaxlib does not know is left out, and said.
+    `auto` is `schedule`, or on one device `none` if memory is scarce. An option that this jaxlib
+    does not know is left out, and said.
     """
     if overlap not in OVERLAP:
         raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
     if mesh.devices.flat[0].platform != "gpu":
         return {}
     if mesh.size == 1:
-        chosen = _ONE_DEVICE if overlap == "none" else _ONE_DEVICE | _AT_ONCE
+        apart = overlap == "none" or (overlap == "auto" and scarce)
+        chosen = _ONE_DEVICE if apart else _ONE_DEVICE | _AT_ONCE
     else:
         chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
     return {name: value for name, value in chosen.items() if known(name, value)}

@@ -221,10 +221,13 @@ def compile_step(
     state_layout, params_layout = (
         jax.tree.map(lambda x: x.sharding, tree) for tree in (state, params)
     )
+    # Who computes everything twice is short of memory.
+    scarce = all(level == "full" for _, level in compute.remat.runs)
+    options = compiler_options(compute.mesh, compute.overlap, scarce=scarce)
     return jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(state_layout, params_layout, None),  # a batch comes laid out
         out_shardings=(state_layout, replicated(compute.mesh)),
-        compiler_options=compiler_options(compute.mesh, compute.overlap) or None,
+        compiler_options=options or None,
     )
