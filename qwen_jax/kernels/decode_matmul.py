@@ -14,9 +14,10 @@ from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.kernels.tilings import tiling_for
 from qwen_jax.kernels.unpack import unpack
 
-# Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover: 1.1 times the
-# kernel's time at 128 rows of int4).
+# Above this a GEMM on unpacked weights is faster (benchmarks/qmatmul.py --crossover: it takes 1.1
+# times the kernel's time at 128 rows of int4, 1.3 times at 64 and 0.7 times at 128 of bf16).
 MAX_ROWS = 128
+_MAX_ROWS_BF16 = 64
 # Of one call: accumulators of more would not stay in registers.
 MOST_ROWS = 32
 
@@ -44,8 +45,8 @@ def decode_parts(
     """The same as P parts whose sum over the first axis is the product: the next operation adds
     them up as it reads.
 
-    A named implementation never falls back; the automatic choice takes the kernel for up to
-    `MAX_ROWS` rows in bfloat16 on a Hopper card, else unpacks in front of a GEMM ("unpacked").
+    A named implementation never falls back; the automatic choice takes the kernel for few
+    rows in bfloat16 on a Hopper card, else unpacks in front of a GEMM ("unpacked").
     """
     if x.ndim != 2 or x.shape[-1] != w.in_size:
         raise ValueError(f"x is {x.shape}, the packed weight expects [M, {w.in_size}]")
@@ -95,7 +96,7 @@ def _mosaic(x: jax.Array, w: PackedWeight, layer: jax.Array) -> jax.Array:
 
 def choose(x: jax.Array, w: PackedWeight) -> str:
     """The kernel for few rows on a Hopper card, if a tiling divides the weight."""
-    few = x.shape[0] <= MAX_ROWS
+    few = x.shape[0] <= (_MAX_ROWS_BF16 if w.kind == "bf16" else MAX_ROWS)
     chosen = "mosaic" if few and on_hopper(x.dtype) and _has_tiling(x.shape[0], w) else "unpacked"
     rows = f"{'few' if few else 'many'} rows with {w.rows} x {w.padded_size}"
     how = "on mosaic" if chosen == "mosaic" else "on xla, after unpacking"
