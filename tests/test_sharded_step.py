@@ -175,6 +175,8 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch)
     One = type("One", (), {"size": 1, "devices": np.array([Gpu()])})
     at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
     apart = overlap.compiler_options(One(), "none")
+    assert overlap.compiler_options(One()) == apart  # not a Hopper card
+    monkeypatch.setattr(overlap, "is_hopper", lambda: True)
     assert overlap.compiler_options(One()) == apart | at_once
     assert overlap.compiler_options(One(), scarce=True) == apart
     assert overlap.compiler_options(One(), "schedule", scarce=True) == apart | at_once
