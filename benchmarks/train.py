@@ -74,7 +74,7 @@ class Args:
     mesh: str = "1"
     """devices"""
     overlap: str = "auto"
-    """of exchange and computation: auto, none, schedule, pipeline; see train/overlap.py"""
+    """auto, none, schedule, pipeline: see train/overlap.py"""
     offload_embedding: bool = False
     """embedding table in host memory"""
     device_memory: float | None = None

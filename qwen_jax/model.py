@@ -41,7 +41,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def mlp_block(
     x: jax.Array, w: Params, lora: Params, baton: jax.Array, multiply=lora_matmul
 ) -> jax.Array:
-    """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2."""
+    """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2.
+
+    baton, here and below: a zero that goes from product to product (kernels/lora_matmul.py).
+    """
     with jax.named_scope("mlp"):
         pairs = lora.get("up"), lora.get("gate")
         (up, gate), baton = multiply(x, (w["up"], w["gate"]), pairs, baton)
@@ -195,7 +198,7 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, multiply=lora_matmul):
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
     y = rms_norm(x, w["ln_1"], cfg.norm_eps)
-    baton = jnp.zeros(())  # goes from product to product: see kernels/lora_matmul.py
+    baton = jnp.zeros(())
     q, k, v, baton = project_qkv(y, w["attn"], low_attn, angles, logn, baton, multiply)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v)

@@ -20,11 +20,14 @@ def test_training_prints_a_row_for_each_compute():
     rows = output_of(*command, "--steps", "1").splitlines()
     assert [row.split()[:3] for row in rows] == [["seq", "64", "bf16"], ["seq", "64", "fp8"]]
     for row in rows:
-        seconds, rate = map(float, re.search(r"([\d.]+) s/step +([\d.]+) tok/s", row).groups())
-        assert math.isclose(seconds * rate, 64, rel_tol=0.05)
+        # Embedding and head of 151,936 x 64 in float32: 77.8 MB, the rest is small.
+        weights, planned = (
+            float(re.search(rf"{name} +([\d.]+)", row)[1]) for name in ("weights", "planned")
+        )
+        assert planned > weights == 0.08
         first, last = map(float, re.search(r"loss ([\d.]+) ([\d.]+)", row).groups())
-        # Random weights over 152,064 tokens know nothing; of a row that is seen twice they learn.
-        assert last < first and abs(first - math.log(152_064)) < 0.1
+        # Random weights over 151,936 tokens know nothing; of a row that is seen twice they learn.
+        assert last < first and abs(first - math.log(151_936)) < 0.1
 
 
 def test_decoding_prints_a_row_for_each_batch():
@@ -32,5 +35,5 @@ def test_decoding_prints_a_row_for_each_batch():
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert [(row["batch"], row["cache"]) for row in rows] == [(1, "float32"), (2, "int8")]
     for row in rows:
-        assert math.isclose(row["tok/s"] * row["ms/step"], 1000 * row["batch"], rel_tol=0.05)
-        assert row["GB/s"] > 0
+        assert row["tok/s"] > 0 and row["GB/s"] > 0
+        assert row["tokens differ"] > 1  # random weights, sampled: not one token over and over

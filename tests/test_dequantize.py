@@ -12,6 +12,8 @@ from qwen_jax.kernels.lora_matmul import lora_matmul
 from qwen_jax.quant import Layer, QTensor, QuantFormat, dequantize, quantize
 from tests.ptx_numpy import Machine
 
+pytestmark = pytest.mark.optimized
+
 LAYERS = 3
 
 

@@ -72,7 +72,10 @@ def weights():
     "params",
     [
         SamplingParams(greedy=True, max_new_tokens=70),
-        SamplingParams(greedy=True, max_new_tokens=61, repetition_penalty=1.2),
+        pytest.param(
+            SamplingParams(greedy=True, max_new_tokens=61, repetition_penalty=1.2),
+            marks=pytest.mark.slow,
+        ),
         SamplingParams(temperature=0.3, top_p=0.9, max_new_tokens=50, seed=3),
         SamplingParams(greedy=True, max_new_tokens=1),
     ],

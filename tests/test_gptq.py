@@ -20,6 +20,8 @@ from qwen_jax.errors import InputError
 from qwen_jax.params import ParamSpec, param_table
 from qwen_jax.quant import QTensor, QuantFormat, dequantize
 
+pytestmark = pytest.mark.optimized
+
 REFERENCE = pathlib.Path(__file__).parent / "data" / "auto_gptq_reference.npz"
 BOTH = pytest.mark.parametrize("bits", [4, 8])
 

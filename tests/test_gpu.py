@@ -13,6 +13,8 @@ from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.params import init_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
+from qwen_jax.sharding import make_mesh, parse_mesh
+from train.overlap import compiler_options
 from train.step import Compute, loss_and_grads
 
 pytestmark = [
@@ -44,7 +46,11 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
     def run(device, compute, dtype):
         placed = jax.device_put((params, lora, batch), device)
         cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.bfloat16 else x, placed[0])
-        step = jax.jit(lambda p, l, b: loss_and_grads(cfg, p, l, b, compute))
+        # As a step of training is compiled: on one card, kernels at once.
+        options = compiler_options(make_mesh(parse_mesh("1"))) if device.platform == "gpu" else None
+        step = jax.jit(
+            lambda p, l, b: loss_and_grads(cfg, p, l, b, compute), compiler_options=options
+        )
         return jax.device_get(step(cast, *placed[1:]))
 
     remat = Remat.parse("selective:1,full:1", 2)

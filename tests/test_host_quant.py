@@ -8,6 +8,8 @@ import pytest
 from convert.host_quant import nf4_scales, rows_into
 from qwen_jax.quant import QuantFormat, quantize
 
+pytestmark = pytest.mark.optimized
+
 FORMATS = [
     QuantFormat(kind="int8", group=0),
     QuantFormat(kind="int8", group=128),

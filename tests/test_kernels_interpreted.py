@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ptx_interpreter import Launch, interpreted
+from tiny import random_stack
 
 from qwen_jax.kernels import _pallas_append_tokens as append_body
 from qwen_jax.kernels import _pallas_decode_attention as attention_body
@@ -14,9 +15,10 @@ from qwen_jax.kernels import _pallas_residual_norm as norm_body
 from qwen_jax.kernels import _pallas_unpack as unpack_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
 from qwen_jax.kernels.decode_attention import decode_attention_xla
-from qwen_jax.kernels.packing import pack_layer
+from qwen_jax.kernels.packing import pack, pack_layer
 from qwen_jax.kernels.quantize_rows import quantize_rows_xla
 from qwen_jax.kernels.residual_norm import residual_norm_xla
+from qwen_jax.kernels.unpack import unpack
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 
 BF16 = np.dtype(jnp.bfloat16)
@@ -192,9 +194,16 @@ def test_bfloat16_weights_back_in_rows(monkeypatch, N, size):
 
 
 def test_sizes_that_bfloat16_is_not_unpacked_in():
-    for N, size in ((64, 264), (16, 256)):
+    for N, size in ((64, 264), (16, 256), (64, 1024)):
         with pytest.raises(NotImplementedError, match=f"unpacking {N} x {size}"):
             unpack_body.Body(N=N, K=512, I=size).checked()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int4", jnp.bfloat16), ("bf16", jnp.float32)])
+def test_the_unpacking_kernel_refuses_what_it_would_misread(kind, dtype):
+    w = pack(random_stack(0, kind, 2, 64, 512))
+    with pytest.raises(NotImplementedError, match=f"unpacking {kind}"):
+        unpack(w, jnp.int32(0), dtype, implementation="mosaic")
 
 
 @pytest.mark.parametrize("K", [2048, 6144])

@@ -20,6 +20,8 @@ from qwen_jax.cache import init_cache
 from qwen_jax.errors import InputError
 from qwen_jax.positions import rope, rope_angles
 
+pytestmark = pytest.mark.optimized
+
 T = 500
 # Odd head counts, a head size that is no power of two, a wide and a narrow FFN.
 SHAPES = {

@@ -19,6 +19,8 @@ from benchmarks.parity import (
 )
 from qwen_jax.quant import QuantFormat, dequantize, quantize
 
+pytestmark = pytest.mark.optimized
+
 
 def test_differences_add_up():
     rng = np.random.default_rng(0)

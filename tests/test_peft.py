@@ -17,6 +17,8 @@ from benchmarks.reference import QWEN2_MODULES, write_qwen2_adapter
 from qwen_jax import model
 from qwen_jax.adapters import LoraConfig, init_lora, save_peft
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize(
     "lora_cfg",

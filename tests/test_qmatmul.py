@@ -10,6 +10,8 @@ from qwen_jax.kernels.lora_matmul import lora_matmul
 from qwen_jax.kernels.qmatmul import qmatmul
 from qwen_jax.quant import QuantFormat, dequantize, largest, quantize
 
+pytestmark = pytest.mark.optimized
+
 
 def arrays(seed=0):
     rng = np.random.default_rng(seed)

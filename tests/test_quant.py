@@ -9,6 +9,8 @@ import torch
 from qwen_jax.errors import InputError
 from qwen_jax.quant import DYNAMIC_CODE, NF4_CODE, QuantFormat, dequantize, group_scales, quantize
 
+pytestmark = pytest.mark.optimized
+
 
 def weights(shape, seed=0, std=0.02):
     return (np.random.default_rng(seed).standard_normal(shape) * std).astype(np.float32)

@@ -25,6 +25,8 @@ from qwen_jax.sampling import (
     update_seen,
 )
 
+pytestmark = pytest.mark.optimized
+
 process = jax.jit(process_logits, static_argnames="sort")
 draw = jax.jit(sample, static_argnames="sort")
 

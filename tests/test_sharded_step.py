@@ -12,12 +12,13 @@ from benchmarks.collectives import Collective, collectives
 from benchmarks.scaling_model import abstract_step
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.params import init_params, param_table
-from qwen_jax.quant import QuantFormat
+from qwen_jax.quant import QuantFormat, quantize
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train import overlap
 from train.step import (
     Compute,
+    _at_once_pays,
     compile_step,
     init_state,
     make_optimizer,
@@ -178,11 +179,32 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch)
     assert overlap.compiler_options(One()) == apart  # not a Hopper card
     monkeypatch.setattr(overlap, "is_hopper", lambda: True)
     assert overlap.compiler_options(One()) == apart | at_once
-    assert overlap.compiler_options(One(), scarce=True) == apart
-    assert overlap.compiler_options(One(), "schedule", scarce=True) == apart | at_once
+    assert overlap.compiler_options(One(), at_once=False) == apart
+    assert overlap.compiler_options(One(), "schedule", at_once=False) == apart | at_once
     assert not overlap.known("xla_gpu_no_such_option", True)
+    assert not overlap.known("xla_gpu_command_buffer_scheduling_mode", "NO_SUCH_MODE")
     with pytest.raises(ValueError, match="expected one of auto, none"):
         overlap.compiler_options(Pair(), "some")
+
+
+@pytest.mark.parametrize(
+    ("remat", "kind", "pays"),
+    [
+        ("selective", "nf4", True),
+        ("selective:1,full:3", "nf4", True),
+        ("selective:1,attention:4", "nf4", False),
+        ("full", "nf4", False),
+        ("selective", None, False),
+    ],
+)
+def test_kernels_run_at_once_where_that_pays(remat, kind, pays):
+    layers = sum(int(part.partition(":")[2] or 4) for part in remat.split(","))
+    w = (
+        jnp.zeros((8, 128))
+        if kind is None
+        else quantize(jnp.ones((8, 128)), QuantFormat.named(kind))
+    )
+    assert _at_once_pays({"layers": {"w": w}}, Remat.parse(remat, layers)) == pays
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def mixed():
     return several, settings
 
 
-@pytest.mark.parametrize("rows", [3, 8])
+@pytest.mark.parametrize("rows", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_company_changes_nothing(engine, rows):
     several, settings = mixed()
     alone = [engine.generate([p], s)[0] for p, s in zip(several, settings, strict=True)]
@@ -113,6 +113,7 @@ def test_company_changes_nothing(engine, rows):
     assert {reason for _, reason in together} == {"length"}
 
 
+@pytest.mark.slow  # the engine below it is tested on eight devices in the fast suite
 def test_eight_devices_give_the_same_tokens(engine):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     layouts = shardings(abstract_params(CFG, np.float32, None, mesh))

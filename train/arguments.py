@@ -8,6 +8,7 @@ import math
 
 from qwen_jax.errors import UsageError, did_you_mean
 from qwen_jax.kernels.qmatmul import COMPUTE
+from train.overlap import OVERLAP
 from train.step import SCHEDULES
 
 KINDS = {4: ("nf4", "int4"), 8: ("int8",)}  # quantization_bit -> kinds; the first is made
@@ -19,6 +20,7 @@ _CHOICES = {
     "lr_scheduler_type": SCHEDULES,
     "save_strategy": ("steps", "epoch", "no"),
     "compute": COMPUTE,
+    "overlap": OVERLAP,
     "quantization_bit": (None, *KINDS),
     "do_train": (True,),
 }
@@ -101,6 +103,9 @@ class Args:
     remat: str = "auto"
     """recomputed in the backward pass: full (least memory), attention, selective, none, by layers
     such as selective:44,full:36, or auto (the fastest that fits)"""
+    overlap: str = "auto"
+    """of exchange between GPUs and computation, or on one of kernels with each other: none (least
+    memory), schedule, pipeline, or auto"""
     offload_embedding: bool = False
     """keep the embedding table in host memory and look rows up there: 2.5 GB less for 72B"""
     device_memory: float | None = None

@@ -114,7 +114,7 @@ def prepare(args: Args, sizes: dict[str, int]) -> None:
     print(f"memory of each device at {length} tokens a row:\n{budget.describe()}")
     budget.check(REMEDY)
 
-    compute = Compute(remat=remat, products=args.compute, mesh=mesh)
+    compute = Compute(remat=remat, products=args.compute, mesh=mesh, overlap=args.overlap)
     train(args, plan, dataset.examples, tokenizer.eod_id, compute, resume_from)
 
 

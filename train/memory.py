@@ -78,7 +78,11 @@ class Workload:
         )
 
     def _layer(self) -> int:
-        """The weights of a layer in the compute dtype, and its activations in the backward pass."""
+        """The weights of a layer in the compute dtype, and its activations in the backward pass.
+
+        All the weights: so many are there when kernels run at once (train/overlap.py), else one or
+        two, which makes the plan a gigabyte too large.
+        """
         cfg, tensor = self.cfg, self.sizes["tensor"]
         weights = 0
         if self.format is not None or self.sizes["fsdp"] > 1:

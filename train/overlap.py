@@ -13,7 +13,7 @@ measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU 
 exchange. There, all but `none` run at once the kernels that do not wait for each other: weights are
 dequantized and results copied while a product runs (kernels/lora_matmul.py). Buffers are then
 shared less, 0.5 to 1.8 GB more at 72B, so `auto` does it only on a Hopper card, whose kernels leave
-room for others, and only if memory is not `scarce`.
+room for others, and if the step says that it pays.
 """
 
 import functools
@@ -49,23 +49,25 @@ _OPTIONS: dict[str, dict[str, Option]] = {
     "pipeline": _PIPELINE,
 }
 
+_UNKNOWN = ("No such compile option", "not a valid enum value")
+
 _log = logging.getLogger(__name__)
 
 
 def compiler_options(
-    mesh: Mesh, overlap: str = "auto", *, scarce: bool = False
+    mesh: Mesh, overlap: str = "auto", *, at_once: bool = True
 ) -> dict[str, Option]:
     """Options for jax.jit of a step over `mesh`; none on anything but GPUs.
 
-    `auto` is `schedule`, or `none` on one device if it is no Hopper card or memory is scarce. An
-    option that this jaxlib does not know is left out, and said.
+    `auto` is `schedule`, or `none` on one device if it is no Hopper card or running kernels
+    `at_once` does not pay. An option that this jaxlib does not know is left out, and said.
     """
     if overlap not in OVERLAP:
         raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
     if mesh.devices.flat[0].platform != "gpu":
         return {}
     if mesh.size == 1:
-        pays = is_hopper() and not scarce
+        pays = at_once and is_hopper()
         apart = overlap == "none" or (overlap == "auto" and not pays)
         chosen = _ONE_DEVICE if apart else _ONE_DEVICE | _AT_ONCE
     else:
@@ -79,8 +81,8 @@ def known(name: str, value: Option) -> bool:
     try:
         jax.jit(lambda x: x, compiler_options={name: value}).lower(jnp.zeros(())).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
+        if not any(reason in str(error) for reason in _UNKNOWN):
             raise
-        _log.warning("this jaxlib does not know %s: a step may be slower", name)
+        _log.warning("this jaxlib does not know %s=%s: a step may be slower", name, value)
         return False
     return True

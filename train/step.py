@@ -22,6 +22,7 @@ from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, did_you_mean
 from qwen_jax.model import hidden_states
+from qwen_jax.quant import QTensor
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import batch_spec, replicated
 from train.loss import next_token_loss
@@ -221,9 +222,8 @@ def compile_step(
     state_layout, params_layout = (
         jax.tree.map(lambda x: x.sharding, tree) for tree in (state, params)
     )
-    # Who computes everything twice is short of memory.
-    scarce = all(level == "full" for _, level in compute.remat.runs)
-    options = compiler_options(compute.mesh, compute.overlap, scarce=scarce)
+    at_once = _at_once_pays(params, compute.remat)
+    options = compiler_options(compute.mesh, compute.overlap, at_once=at_once)
     return jax.jit(
         step,
         donate_argnums=0,
@@ -231,3 +231,14 @@ def compile_step(
         out_shardings=(state_layout, replicated(compute.mesh)),
         compiler_options=options or None,
     )
+
+
+def _at_once_pays(params: dict[str, Any], remat: Remat) -> bool:
+    """Whether running kernels at once (train/overlap.py) is worth its memory: weights must be
+    dequantized, and a quarter of the layers keep their products, or memory is what is short. (On
+    one H100, 72B: 2 % faster with all or half of the layers, not with a tenth; docs/benchmarks.md.)
+    """
+    leaves = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QTensor))
+    quantized = any(isinstance(w, QTensor) for w in leaves)
+    kept = sum(count for count, level in remat.runs if level in ("selective", "none"))
+    return quantized and 4 * kept >= sum(count for count, _ in remat.runs)

@@ -52,7 +52,7 @@ class Body:
         return self.N // 16 * (self.I // 32) // (_WARPS * _TURNS)
 
     def checked(self) -> "Body":
-        if self.I % 32 or self.N // 16 * (self.I // 32) % (_WARPS * _TURNS):
+        if self.I > self.K or self.I % 32 or self.N // 16 * (self.I // 32) % (_WARPS * _TURNS):
             raise NotImplementedError(
                 f"unpacking {self.N} x {self.I}: expected a multiple of {_WARPS * _TURNS} blocks "
                 "of 16 x 32"

@@ -6,12 +6,13 @@ the sums of the large one, forward (low @ b) and backward (slope @ a, where slop
 low): apart, each of these writes as much as the large product itself and reads it again. For `fp8`
 it also multiplies by the units of rows and weight. Elsewhere XLA does all that.
 
-That kernel leaves some multiprocessors idle, on which the next weight can be dequantized. A program
-on one card runs at once what does not wait for each other (train/overlap.py), so the order is made
-by data: the *baton* is a zero that each product makes of all that it reads, and that is added to
-the layer's number of the next weight. So its dequantization starts right after the product; before
-it, it would take all multiprocessors. The gradient of the baton is such a zero, too, and goes from
-product to product the other way.
+At 72B and up to 4,096 tokens that kernel leaves four multiprocessors idle, on which the next weight
+can be dequantized. A program on one card runs at once what does not wait for each other
+(train/overlap.py), so the order is made by data: the *baton* is a zero that each product makes of
+the arrays its kernel reads, and that is added to the layer's number of the next weight. So the
+dequantization of that one starts right after the product; before it, it would take all
+multiprocessors. The gradient of the baton is such a zero, too, and goes from product to product
+the other way.
 """
 
 import dataclasses

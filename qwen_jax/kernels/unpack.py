@@ -23,6 +23,8 @@ def unpack(
     if chosen == "mosaic":
         from qwen_jax.kernels import _pallas_unpack
 
+        if w.kind != "bf16" or dtype != jnp.bfloat16:
+            raise NotImplementedError(f"unpacking {w.kind} to {dtype}: the kernel moves bfloat16")
         return _pallas_unpack.unpack(layer, w.codes, w.in_size)
     if chosen != "xla":
         raise ValueError(f"unpack implementation {chosen!r}: expected 'mosaic' or 'xla'")
