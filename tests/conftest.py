@@ -24,8 +24,11 @@ def _as_users_compile(request):
     if not QUICK or request.node.get_closest_marker("optimized") is None:
         yield
         return
-    for quick in (False, True):
-        jax.config.update("jax_disable_most_optimizations", quick)
-        jax.clear_caches()
-        if not quick:
-            yield
+    _compile_quickly(False)
+    yield
+    _compile_quickly(True)
+
+
+def _compile_quickly(quick: bool) -> None:
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.clear_caches()  # of what was compiled the other way

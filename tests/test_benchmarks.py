@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+from benchmarks.profile import covered
+
 
 def output_of(*command: str) -> str:
     done = subprocess.run(
@@ -37,3 +39,9 @@ def test_decoding_prints_a_row_for_each_batch():
     for row in rows:
         assert row["tok/s"] > 0 and row["GB/s"] > 0
         assert row["tokens differ"] > 1  # random weights, sampled: not one token over and over
+
+
+def test_time_of_kernels_that_run_at_once_is_counted_once():
+    assert covered([]) == 0
+    assert covered([(0, 4), (10, 11)]) == 5
+    assert covered([(5, 7), (0, 4), (1, 2), (3, 6)]) == 7  # within, across, and out of order

@@ -64,15 +64,15 @@ def test_e4m3_is_the_value_over_the_unit_straight_and_turned(monkeypatch, kind):
         tiling = kernel.Tiling(warps=warps, turns=2)
         body = kernel.Straight(**kernel.sizes(q), tiling=tiling, bytes=1)
         out = interpret(monkeypatch, body, layer, q, factor, jnp.float8_e4m3fn)
-        nearly_equal(out.reshape(256, 512).astype(np.float32), want)
+        assert_nearly_equal(out.reshape(256, 512).astype(np.float32), want)
     for warps, turns, side in ((8, 1, 1), (8, 2, 1), (8, 1, 2), (16, 2, 2)):
         tiling = kernel.Tiling(warps=warps, turns=turns, side=side)
         body = kernel.Turned(**kernel.sizes(q), tiling=tiling)
         out = interpret(monkeypatch, body, layer, q, factor, jnp.float8_e4m3fn)
-        nearly_equal(out.reshape(512, 256).astype(np.float32), want.T)
+        assert_nearly_equal(out.reshape(512, 256).astype(np.float32), want.T)
 
 
-def nearly_equal(out: np.ndarray, want: np.ndarray) -> None:
+def assert_nearly_equal(out: np.ndarray, want: np.ndarray) -> None:
     """Equal, but that (code * scale) * factor may round otherwise than code * (scale * factor)."""
     np.testing.assert_allclose(out, want, rtol=0.125, atol=2**-9)
     assert np.mean(out != want) < 1e-4

@@ -101,6 +101,24 @@ def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute, limit
     check(ours, (1, 1), (1, 1))
 
 
+@pytest.mark.parametrize(
+    ("M", "N", "clusters"),
+    [
+        (2048, 24576, 64), (2048, 8192, 64), (4096, 24576, 64), (4096, 8192, 64),
+        (8192, 24576, 66), (8192, 8192, 64), (256, 256, 1),
+    ],
+)  # fmt: skip
+def test_blocks_that_the_kernel_leaves(M, N, clusters):
+    """Of 66 pairs of multiprocessors, as few as need no further turn, and no fewer."""
+    body = _pallas_gemm.Body(
+        M=M, N=N, K=8192, R=16, turned=False, scaled=False, tiling=_pallas_gemm.Tiling(),
+        dtype=jnp.bfloat16,
+    )  # fmt: skip
+    assert body.clusters(66) == clusters
+    turns = -(-body.pieces // 66)
+    assert clusters * turns >= body.pieces > (clusters - 1) * turns
+
+
 @pytest.mark.parametrize("rank", [0, 16])
 def test_kernel_interpreted(rank):
     """Four pieces for two blocks, each of four steps through a ring of two tiles."""

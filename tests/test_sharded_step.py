@@ -15,10 +15,10 @@ from qwen_jax.params import init_params, param_table
 from qwen_jax.quant import QuantFormat, quantize
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
-from train import overlap
+from train import overlap, step
 from train.step import (
     Compute,
-    _at_once_pays,
+    at_once_pays,
     compile_step,
     init_state,
     make_optimizer,
@@ -158,7 +158,7 @@ def test_eight_devices_train_nf4_like_one(mesh_text):
         assert np.abs(a - b).mean() < 1e-4  # of steps of 0.01
 
 
-def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch):
+def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib():
     mesh = make_mesh(parse_mesh("fsdp=2"))
     assert overlap.compiler_options(mesh) == {}  # a CPU takes none
 
@@ -176,8 +176,6 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch)
     One = type("One", (), {"size": 1, "devices": np.array([Gpu()])})
     at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
     apart = overlap.compiler_options(One(), "none")
-    assert overlap.compiler_options(One()) == apart  # not a Hopper card
-    monkeypatch.setattr(overlap, "is_hopper", lambda: True)
     assert overlap.compiler_options(One()) == apart | at_once
     assert overlap.compiler_options(One(), at_once=False) == apart
     assert overlap.compiler_options(One(), "schedule", at_once=False) == apart | at_once
@@ -197,14 +195,17 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib(monkeypatch)
         ("selective", None, False),
     ],
 )
-def test_kernels_run_at_once_where_that_pays(remat, kind, pays):
+def test_kernels_run_at_once_where_that_pays(monkeypatch, remat, kind, pays):
     layers = sum(int(part.partition(":")[2] or 4) for part in remat.split(","))
     w = (
         jnp.zeros((8, 128))
         if kind is None
         else quantize(jnp.ones((8, 128)), QuantFormat.named(kind))
     )
-    assert _at_once_pays({"layers": {"w": w}}, Remat.parse(remat, layers)) == pays
+    params, remat = {"layers": {"w": w}}, Remat.parse(remat, layers)
+    assert not at_once_pays(params, remat)  # not a Hopper card
+    monkeypatch.setattr(step, "is_hopper", lambda: True)
+    assert at_once_pays(params, remat) == pays
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ They are options of the compiled program, so the user's XLA_FLAGS stay as they a
 measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU there is nothing to
 exchange. There, all but `none` run at once the kernels that do not wait for each other: weights are
 dequantized and results copied while a product runs (kernels/lora_matmul.py). Buffers are then
-shared less, 0.5 to 1.8 GB more at 72B, so `auto` does it only on a Hopper card, whose kernels leave
-room for others, and if the step says that it pays.
+shared less, 0.5 to 1.8 GB more at 72B, so `auto` does it only where it pays (step.at_once_pays).
 """
 
 import functools
@@ -22,8 +21,6 @@ import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-
-from qwen_jax.kernels.hopper import is_hopper
 
 OVERLAP = ("auto", "none", "schedule", "pipeline")
 
@@ -59,16 +56,15 @@ def compiler_options(
 ) -> dict[str, Option]:
     """Options for jax.jit of a step over `mesh`; none on anything but GPUs.
 
-    `auto` is `schedule`, or `none` on one device if it is no Hopper card or running kernels
-    `at_once` does not pay. An option that this jaxlib does not know is left out, and said.
+    `auto` is `schedule`, or on one device `none` if running kernels `at_once` does not pay. An
+    option that this jaxlib does not know is left out, and said.
     """
     if overlap not in OVERLAP:
         raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
     if mesh.devices.flat[0].platform != "gpu":
         return {}
     if mesh.size == 1:
-        pays = at_once and is_hopper()
-        apart = overlap == "none" or (overlap == "auto" and not pays)
+        apart = overlap == "none" or (overlap == "auto" and not at_once)
         chosen = _ONE_DEVICE if apart else _ONE_DEVICE | _AT_ONCE
     else:
         chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]

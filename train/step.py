@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, did_you_mean
+from qwen_jax.kernels.hopper import is_hopper
 from qwen_jax.model import hidden_states
 from qwen_jax.quant import QTensor
 from qwen_jax.remat import Remat
@@ -222,7 +223,7 @@ def compile_step(
     state_layout, params_layout = (
         jax.tree.map(lambda x: x.sharding, tree) for tree in (state, params)
     )
-    at_once = _at_once_pays(params, compute.remat)
+    at_once = at_once_pays(params, compute.remat)
     options = compiler_options(compute.mesh, compute.overlap, at_once=at_once)
     return jax.jit(
         step,
@@ -233,12 +234,14 @@ def compile_step(
     )
 
 
-def _at_once_pays(params: dict[str, Any], remat: Remat) -> bool:
-    """Whether running kernels at once (train/overlap.py) is worth its memory: weights must be
-    dequantized, and a quarter of the layers keep their products, or memory is what is short. (On
-    one H100, 72B: 2 % faster with all or half of the layers, not with a tenth; docs/benchmarks.md.)
+def at_once_pays(params: dict[str, Any], remat: Remat) -> bool:
+    """Whether running kernels at once (train/overlap.py) is worth its memory.
+
+    On a Hopper card, whose product leaves room for the dequantization of the next weight; and if a
+    quarter of the layers keep their products, for else it is memory that is short. (One H100, 72B:
+    2 % faster with all or half of the layers, not with a tenth; docs/benchmarks.md.)
     """
     leaves = jax.tree.leaves(params["layers"], is_leaf=lambda w: isinstance(w, QTensor))
     quantized = any(isinstance(w, QTensor) for w in leaves)
     kept = sum(count for count, level in remat.runs if level in ("selective", "none"))
-    return quantized and 4 * kept >= sum(count for count, _ in remat.runs)
+    return is_hopper() and quantized and 4 * kept >= sum(count for count, _ in remat.runs)

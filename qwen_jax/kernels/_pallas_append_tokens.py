@@ -80,7 +80,7 @@ class Body:
         inside = arith.remui(vector, ptx.const(3 * self.N))  # which * N + n
         which, n = arith.divui(inside, ptx.const(self.N)), arith.remui(inside, ptx.const(self.N))
         is_query, is_key = ptx.less(which, 1), ptx.less(which, 2)  # or query
-        layer = ptx.asm("ld.global.u32 $0, [$1];", [ptx.address(layer_ref)], [ptx.i32()])
+        layer = ptx.load_word(ptx.address(layer_ref))
         slot = _load_row(slots_ref, row, "u32", ptx.i32())
 
         x = self._sums(parts_ref, bias_ref, layer, vector, inside, lane)

@@ -131,9 +131,9 @@ class Body:
         rank = arith.remui(block, ptx.const(self.splits))
         head = arith.divui(block, ptx.const(self.splits))
         row, n = arith.divui(head, ptx.const(self.N)), arith.remui(head, ptx.const(self.N))
-        layer = ptx.asm("ld.global.u32 $0, [$1];", [ptx.address(layer_ref)], [ptx.i32()])
+        layer = ptx.load_word(ptx.address(layer_ref))
         at = ptx.add(ptx.address(visible_ref), ptx.wide(ptx.mul(row, 4)))
-        visible = ptx.asm("ld.global.u32 $0, [$1];", [at], [ptx.i32()])
+        visible = ptx.load_word(at)
         part = arith.andi(lane, ptx.const(3))
         cache_row = arith.divui(row, ptx.const(self.R // self.B))
         first = ptx.add(ptx.mul(layer, self.B), cache_row)  # row of the stack [L * B]

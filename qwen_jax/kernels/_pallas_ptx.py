@@ -97,6 +97,11 @@ def asm(text: str, args: Sequence[Value], results: Sequence[ir.Type] = (), *, pu
     return [llvm.extractvalue(t, value, [i]) for i, t in enumerate(results)]
 
 
+def load_word(at: Value) -> Value:
+    """One number of 32 bits, such as that of the layer."""
+    return asm("ld.global.u32 $0, [$1];", [at], [i32()])
+
+
 def load_streamed(at: Value, offset: int) -> list[Value]:
     """16 bytes a lane that are read once: past L1, so that what is read again stays there."""
     text = f"ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{$0,$1,$2,$3}}, [$4+{offset}];"

@@ -63,7 +63,7 @@ class _Body:
         rank = arith.remui(block, ptx.const(self.splits))
         column = ptx.mul(ptx.add(ptx.mul(rank, self.threads), thread), 4)
         element = ptx.wide(ptx.add(ptx.mul(row, self.D), column))
-        layer = ptx.asm("ld.global.u32 $0, [$1];", [ptx.address(layer_ref)], [ptx.i32()])
+        layer = ptx.load_word(ptx.address(layer_ref))
         at = ptx.wide(ptx.add(ptx.mul(layer, self.D), column))
         weight = _load_bfloats(ptx.add(ptx.address(weight_ref), ptx.mul(at, 2)))
         old = _load_bfloats(ptx.add(ptx.address(x_ref), ptx.mul(element, 2)))

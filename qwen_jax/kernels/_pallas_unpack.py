@@ -14,10 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from qwen_jax.kernels import _pallas_ptx as ptx
+from qwen_jax.kernels.tilings import UNIT_BYTES
 
 _WARPS = 8  # of a thread block
 _TURNS = 4  # blocks of 16 x 32 of each warp, all loaded before the first is stored
-_UNIT = 512  # bytes
 
 
 def unpack(
@@ -61,8 +61,7 @@ class Body:
 
     def __call__(self, ctx, layer_ref, codes_ref, out_ref) -> None:
         _, lane, warp = ptx.thread()
-        text = "ld.global.u32 $0, [$1];"
-        layer = ptx.wide(ptx.asm(text, [ptx.address(layer_ref)], [ptx.i32()]))
+        layer = ptx.wide(ptx.load_word(ptx.address(layer_ref)))
         source = ptx.add(ptx.address(codes_ref), ptx.mul(layer, self.N * self.K * 2))
         source = ptx.add(source, ptx.wide(ptx.mul(lane, 16)))
         row, part = arith.shrui(lane, ptx.const(2)), arith.andi(lane, ptx.const(3))
@@ -75,10 +74,11 @@ class Body:
             number, across = ptx.add(first, turn), ptx.const(self.I // 32)
             n, b = arith.divui(number, across), arith.remui(number, across)
             at = ptx.add(
-                ptx.mul(ptx.wide(n), self.K // 16 * _UNIT), ptx.wide(ptx.mul(b, 2 * _UNIT))
+                ptx.mul(ptx.wide(n), self.K // 16 * UNIT_BYTES),
+                ptx.wide(ptx.mul(b, 2 * UNIT_BYTES)),
             )
             at = ptx.add(source, at)
-            units = [ptx.load_streamed(at, unit * _UNIT) for unit in range(2)]
+            units = [ptx.load_streamed(at, unit * UNIT_BYTES) for unit in range(2)]
             to = ptx.add(ptx.mul(ptx.wide(n), 16 * self.I * 2), ptx.wide(ptx.mul(b, 64)))
             loaded.append((units, ptx.add(target, to)))
         for units, to in loaded:
