@@ -51,8 +51,8 @@ def streamed_logits(
     T = len(ids)
     place = Place.of(cfg, jnp.zeros((1,), jnp.int32), T, jnp.array([T], jnp.int32))
 
-    def attend(q, k, v):
-        return attention(q, k, v, q_index=place.positions, causal_square=True), None
+    def attend(q, k, v, kept):
+        return attention(q, k, v, q_index=place.positions, causal_square=True), kept
 
     x = jnp.asarray(_rows_of(source, specs[("wte",)], ids).astype(dtype))[None]  # [1, T, D]
     pairs = decoder.lora_layers(lora, dtype)

@@ -20,12 +20,12 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.kernels.lora_matmul import lora_matmul
 from qwen_jax.kernels.qmatmul import Weight
+from qwen_jax.layer_loop import PLAIN, Plain, Run, Thread, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
 from qwen_jax.quant import Layer, QTensor, QuantFormat
-from qwen_jax.remat import GATE, QKV, RESIDUAL, UP, WEIGHT, Remat, checkpointed
+from qwen_jax.remat import DOWN, GATE, OUT, QKV, UP, WEIGHT, Remat
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
 Params = dict[str, Any]
@@ -39,36 +39,37 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def mlp_block(
-    x: jax.Array, w: Params, lora: Params, baton: jax.Array, multiply=lora_matmul
-) -> jax.Array:
+    x: jax.Array, w: Params, lora: Params, thread: Thread, mode: Plain = PLAIN
+) -> tuple[jax.Array, Thread]:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2.
 
-    baton, here and below: a zero that goes from product to product (kernels/lora_matmul.py).
+    The thread, here and below, goes from product to product; the mode computes them: layer_loop.py.
     """
     with jax.named_scope("mlp"):
-        pairs = lora.get("up"), lora.get("gate")
-        (up, gate), baton = multiply(x, (w["up"], w["gate"]), pairs, baton)
-        up, gate = checkpoint_name(up, UP), checkpoint_name(gate, GATE)
-        (y,), _ = multiply(up * jax.nn.silu(gate), (w["down"],), (lora.get("down"),), baton)
-        return y
+        pairs, names = (lora.get("up"), lora.get("gate")), (UP, GATE)
+        (up, gate), thread = mode.multiply(names, x, (w["up"], w["gate"]), pairs, thread)
+        x, pairs = up * jax.nn.silu(gate), (lora.get("down"),)
+        (y,), thread = mode.multiply((DOWN,), x, (w["down"],), pairs, thread)
+        return y, thread
 
 
-def project_qkv(x, w, lora, angles, logn, baton, multiply=lora_matmul):
-    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given; baton."""
-    (qkv,), baton = multiply(x, (w["wqkv"],), (lora.get("wqkv"),), baton)
-    qkv = checkpoint_name(qkv, QKV) + w["bqkv"]  # [B, T, 3, N, H]
+def project_qkv(x, w, lora, angles, logn, thread, mode=PLAIN):
+    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given; thread."""
+    (qkv,), thread = mode.multiply((QKV,), x, (w["wqkv"],), (lora.get("wqkv"),), thread)
+    qkv = qkv + w["bqkv"]  # [B, T, 3, N, H]
     # A split, because its gradient is one concatenation; that of slices is a sum of padded arrays.
     q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
         q = q * logn.astype(q.dtype)
-    return q, k, v, baton
+    return q, k, v, thread
 
 
-def project_out(x, w, lora, baton, multiply=lora_matmul):
-    """x [B, T, N, H] -> [B, T, D]; baton."""
-    (y,), baton = multiply(x.reshape(*x.shape[:2], -1), (w["wo"],), (lora.get("wo"),), baton)
-    return y, baton
+def project_out(x, w, lora, thread, mode=PLAIN):
+    """x [B, T, N, H] -> [B, T, D]; thread."""
+    x, pairs = x.reshape(*x.shape[:2], -1), (lora.get("wo"),)
+    (y,), thread = mode.multiply((OUT,), x, (w["wo"],), pairs, thread)
+    return y, thread
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -190,22 +191,33 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return jax.lax.dot_general(hidden, head, dims, preferred_element_type=jnp.float32)
 
 
-def decoder_layer(cfg, x, w, low, angles, logn, attend, multiply=lora_matmul):
-    """One layer: x [B, T, D] -> x and whatever `attend(q, k, v) -> (y, kept)` keeps.
+def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
+    """One layer: x [B, T, D] -> x and kept.
 
-    w and low are this layer's weights and LoRA pairs; `attend` is the only thing in which a layer
-    with a cache differs from one without, `multiply` that in which training in fp8 differs.
+    w and low are this layer's weights and LoRA pairs; `attend(q, k, v, kept) -> (y, kept)` is the
+    only thing in which a layer with a cache differs from one without; the mode (layer_loop.py)
+    that in which training does.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
+    thread = Thread(baton=jnp.zeros(()), kept=kept)
     y = rms_norm(x, w["ln_1"], cfg.norm_eps)
-    baton = jnp.zeros(())
-    q, k, v, baton = project_qkv(y, w["attn"], low_attn, angles, logn, baton, multiply)
+    q, k, v, thread = project_qkv(y, w["attn"], low_attn, angles, logn, thread, mode)
     with jax.named_scope("attention"):
-        y, kept = attend(q, k, v)
-    y, baton = project_out(y, w["attn"], low_attn, baton, multiply)
-    x = checkpoint_name(x + y, RESIDUAL)
+        y, kept = attend(q, k, v, thread.kept)
+    y, thread = project_out(y, w["attn"], low_attn, thread.replace(kept=kept), mode)
+    x = x + y
     y = rms_norm(x, w["ln_2"], cfg.norm_eps)
-    return x + mlp_block(y, w["mlp"], low_mlp, baton, multiply), kept
+    y, thread = mlp_block(y, w["mlp"], low_mlp, thread, mode)
+    return x + y, thread.kept
+
+
+def _layer(cfg, mesh, mode, x, index, low, frozen, kept):
+    """A layer without a cache, as layer_loop runs it."""
+    layers, angles, logn, slots, segments = frozen
+    w = _gather(cfg, layers, mesh)(_layer_weights(layers, index, mesh))
+    rule = {"q_index": slots, "segments": segments, "causal_square": True}
+    attend = functools.partial(mode.attend, **rule)
+    return decoder_layer(cfg, x, w, low, angles, logn, attend, kept, mode)
 
 
 def hidden_states(
@@ -235,22 +247,15 @@ def hidden_states(
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
     x = embed(params, tokens, mesh) if embedded is None else embedded
     pairs = _gather_pairs(cfg, lora_layers(lora, x.dtype), mesh)
-    gather = _gather(cfg, params["layers"], mesh)
-    multiply = functools.partial(lora_matmul, compute=compute)
-
-    def attend(q, k, v):
-        return attention(q, k, v, q_index=slots, segments=segments, causal_square=True), None
-
-    def layer(x, per_layer):
-        index, low = per_layer
-        w = gather(_layer_weights(params["layers"], index, mesh))
-        return decoder_layer(cfg, x, w, low, angles, logn, attend, multiply)
-
-    runs = [(0, cfg.num_layers, None)] if remat is None else remat.ranges()
-    for start, stop, level in runs:
-        body = layer if level is None else checkpointed(layer, level)
+    layer = functools.partial(_layer, cfg, mesh)
+    frozen = (params["layers"], angles, logn, slots, segments)
+    alone = mesh is None or mesh.size == 1
+    for start, stop, level in [(0, cfg.num_layers, "full")] if remat is None else remat.ranges():
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
-        x, _ = jax.lax.scan(body, x, (jnp.arange(start, stop), low))
+        run = Run(
+            layer=layer, start=start, stop=stop, level=level, compute=compute, alone=alone
+        )  # fmt: skip
+        x = run_layers(run, x, low, frozen)
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
 
 
@@ -287,7 +292,7 @@ def forward(
         index, low, unit = per_layer
         w = gather(_layer_weights(params["layers"], index, mesh))
 
-        def attend(q, k, v):
+        def attend(q, k, v, cache):
             if unit is not None:
                 q, k = q * unit, k / unit
             written = write(cache, index, k, v)
@@ -299,7 +304,7 @@ def forward(
             )
             return attention(q, k_all, v_all, q_index=place.positions), written
 
-        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend), None
+        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend, cache), None
 
     x = embed(params, tokens, mesh)
     bias = params["layers"]["attn"]["bqkv"]  # [L, 3, N, H]

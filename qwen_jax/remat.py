@@ -13,25 +13,21 @@ the same saved work, so what counts is only how many fit. This file knows names,
 
 import dataclasses
 
-import jax
-
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError, did_you_mean
 
 LEVELS = ("full", "attention", "selective", "none")
 
-# The names that the model gives to its intermediates (jax.ad_checkpoint.checkpoint_name).
-ATTENTION = "attention"
-QKV, RESIDUAL, UP, GATE = "qkv", "residual", "up", "gate"
+# Names of what a layer computes.
+ATTENTION = "attention"  # with its softmax statistics
+QKV, OUT, UP, GATE, DOWN = "qkv", "out", "up", "gate", "down"  # results of its products
 LOW = "low"  # LoRA's narrow products, under a thousandth of the rest
 WEIGHT = "weight"
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": (ATTENTION,),
-    "selective": (ATTENTION, QKV, RESIDUAL, UP, GATE, LOW),
+    "selective": (ATTENTION, QKV, OUT, UP, GATE, LOW),
 }
-# cuDNN's forward pass as a primitive: its two outputs, attention and statistics, get no name.
-_FLASH_FORWARD = "dot_product_attention_fwd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,26 +75,5 @@ def saved_values(cfg: ModelConfig, level: str) -> int:
     """How many activation values a layer of `level` keeps for a token, besides its input."""
     M, D, F = cfg.attention_size, cfg.hidden_size, cfg.ffn_size
     # The narrow products of LoRA are left out: 5 ranks a token, at rank 8 80 bytes of 180,480.
-    sizes = {ATTENTION: M, QKV: 3 * M, RESIDUAL: D, UP: F, GATE: F, LOW: 0}
+    sizes = {ATTENTION: M, QKV: 3 * M, OUT: D, UP: F, GATE: F, LOW: 0}
     return sum(sizes[name] for name in SAVED["selective" if level == "none" else level])
-
-
-def checkpointed(layer, level: str):
-    """Wraps a layer function so that its backward pass has what `level` keeps."""
-    if level == "none":
-        # Weights are never kept: they lie in the stack already, a copy would double them.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)
-    else:
-        policy = _policy(SAVED[level])
-    return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-
-
-def _policy(names: tuple[str, ...]):
-    named = jax.checkpoint_policies.save_only_these_names(*names)
-
-    def policy(primitive, *args, **params):
-        if ATTENTION in names and primitive.name.startswith(_FLASH_FORWARD):
-            return True
-        return named(primitive, *args, **params)
-
-    return policy

@@ -23,6 +23,7 @@ ORDER = [
     "cache",
     "positions",
     "packed_params",
+    "layer_loop",
     "model",
     "packed",
     "prefill",

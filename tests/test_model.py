@@ -18,6 +18,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from qwen_jax import model
 from qwen_jax.cache import init_cache
 from qwen_jax.errors import InputError
+from qwen_jax.layer_loop import Thread
 from qwen_jax.positions import rope, rope_angles
 
 pytestmark = pytest.mark.optimized
@@ -75,7 +76,7 @@ def test_mlp_order_is_w1_times_silu_w2():
     x = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
     reference = qwen2_model(cfg, w).model.layers[1].mlp
     layer = jax.tree.map(lambda leaf: leaf[1], params["layers"]["mlp"])
-    ours = model.mlp_block(jnp.asarray(x), layer, {}, jnp.zeros(()))
+    ours, _ = model.mlp_block(jnp.asarray(x), layer, {}, Thread(baton=jnp.zeros(()), kept=None))
     np.testing.assert_allclose(ours, reference(torch.tensor(x)).detach().numpy(), atol=1e-5)
 
 

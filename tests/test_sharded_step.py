@@ -78,7 +78,7 @@ def test_fsdp_gathers_packed_weights_twice_a_layer_and_nothing_wider(group, rema
     assert {c.dtypes for c in gathers} == {("u8",)}
     # Once for the forward pass, once for what is recomputed and the backward pass together.
     assert sum(c.size * c.times for c in gathers) == 2 * packed_bytes()
-    assert sum(c.size for c in gathers if "rematted" in c.place) * 2 == sum(c.size for c in gathers)
+    assert sum(c.size for c in gathers if "again" in c.place) * 2 == sum(c.size for c in gathers)
     sums = [c for c in in_layers if c.kind == "all-reduce"]
     values = sum(leaf.size for leaf in jax.tree.leaves(abstract_lora(CFG, LORA)))
     assert sum(c.size * c.times for c in sums) == 4 * values

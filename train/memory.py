@@ -65,6 +65,7 @@ class Workload:
         joined = abstract_mesh(self.sizes | {"fsdp": 1})  # as the layers use and return them
         used = device_bytes(abstract_lora(cfg, self.lora, mesh=joined))
         kept = sum(count * self.saved_bytes(level) for count, level in remat.runs)
+        kept += len(remat.runs) * self.tokens * cfg.hidden_size * self.item  # the last one's result
         accumulator = pairs if self.accumulation > 1 else 0
         return Budget(
             {

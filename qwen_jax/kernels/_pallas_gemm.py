@@ -55,10 +55,11 @@ def gemm(
     scale: jax.Array | None = None,  # float32 [M]
     *,
     turned: bool = False,
+    into: tuple[jax.Array, jax.Array] | None = None,  # bfloat16 [L, M, N], int32 []: a layer of it
     tiling: Tiling | None = None,
     blocks: int = 132,  # as many as the card has multiprocessors
     interpret=None,
-) -> jax.Array:  # bfloat16 [M, N]
+) -> jax.Array:  # bfloat16 [M, N]; or the stack, with y in the place of that layer
     """Sums in float32, rounded once. NotImplementedError for sizes that tiles do not divide."""
     M, K = x.shape
     N = w.shape[1] if turned else w.shape[0]
@@ -68,19 +69,26 @@ def gemm(
         M=M, N=N, K=K, R=_padded_rank(R), turned=turned, scaled=scale is not None, tiling=t,
         dtype=x.dtype,
     )  # fmt: skip
-    run = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16),
-        grid=(body.clusters(blocks // t.cluster),),
-        grid_names=("cluster_grid",),
-        **({"cluster": (t.cluster,), "cluster_names": ("cluster",)} if t.cluster > 1 else {}),
-        num_threads=_CONSUMERS + 1,
-        thread_name="warpgroup",
-        scratch_types=body.scratch(),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    operands = [a for a in (x, w, low, b, scale) if a is not None]
+    grid = {"grid": (body.clusters(blocks // t.cluster),), "grid_names": ("cluster_grid",)}
+    if t.cluster > 1:
+        grid |= {"cluster": (t.cluster,), "cluster_names": ("cluster",)}
+    options = {
+        "mesh": plgpu.Mesh(**grid, num_threads=_CONSUMERS + 1, thread_name="warpgroup"),
+        "compiler_params": plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        "name": "gemm",
         **({} if interpret is None else {"interpret": interpret}),
-    )
-    return run(*(a for a in (x, w, low, b, scale) if a is not None))
+    }
+    if into is None:
+        return pl.kernel(body.run, out_type=jax.ShapeDtypeStruct((M, N), jnp.bfloat16), **options)(
+            *operands
+        )
+    stack, layer = into
+    stack = jax.new_ref(stack, memory_space=plgpu.GMEM)  # a kernel writes to it in place
+    pl.kernel(body.run_into, **options)(*operands, layer.reshape(1), stack)
+    return jax.freeze(stack)
 
 
 def check(M: int, N: int, K: int, R: int, tiling: Tiling | None = None) -> Tiling:
@@ -179,6 +187,18 @@ class Body:
             "empty": empty,
             **pair,
         }
+
+    def run(self, *refs) -> None:
+        """Operands and y."""
+        # Not as scratch_types of the kernel, which know no tiled memory.
+        pl.run_scoped(
+            lambda **scratch: self(*refs, **scratch), collective_axes="warpgroup", **self.scratch()
+        )
+
+    def run_into(self, *refs) -> None:
+        """Operands, the number of a layer, and a stack of which y is that layer."""
+        *operands, layer, stack = refs
+        self.run(*operands, stack.at[layer[0]])
 
     def __call__(self, x, w, *refs, **scratch) -> None:
         *refs, y = refs

@@ -5,13 +5,12 @@ positions) and, where sequences are packed, if both belong to the same segment.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.kernels.hopper import say_once
-from qwen_jax.remat import ATTENTION
 
 # Queries handled at once by the reference: bounds the [T, S] scores at 128 * S a head.
 QUERY_CHUNK = 128
@@ -39,7 +38,56 @@ def attention(
         return _attention_cudnn_cached(q, k, v, q_index)
     if chosen != "xla":
         raise ValueError(f"attention implementation {chosen!r}: expected 'xla' or 'cudnn'")
-    return checkpoint_name(attention_xla(q, k, v, q_index, segments), ATTENTION)
+    return attention_xla(q, k, v, q_index, segments)
+
+
+def attention_and_statistics(
+    q: jax.Array, k: jax.Array, v: jax.Array, **rule: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """attention, and what it would otherwise compute once more for its gradient.
+
+    Of cuDNN that is the float32 logarithm of each softmax's sum; the reference has nothing.
+    """
+    y, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, **rule), q, k, v)
+    statistics = (x for x in jax.tree.leaves(pullback) if _is_statistics(x, q))
+    return y, tuple(statistics)
+
+
+def attention_again(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    y: jax.Array,
+    statistics: tuple[jax.Array, ...],
+    **rule: Any,
+) -> jax.Array:
+    """What attention_and_statistics gave as y, with the gradient of attention."""
+
+    @jax.custom_vjp
+    def again(q, k, v):
+        return y
+
+    def backward(operands, g):
+        computed, pullback = jax.vjp(lambda *qkv: attention(*qkv, **rule), *operands)
+        # The pullback holds arrays of the forward pass. With the kept ones in place of its own,
+        # nothing is left of that pass that anybody reads.
+        leaves, tree = jax.tree.flatten(pullback)
+        given = iter(statistics)
+        for i, leaf in enumerate(leaves):
+            if leaf is computed:
+                leaves[i] = y
+            elif statistics and _is_statistics(leaf, q):
+                leaves[i] = next(given)
+        return jax.tree.unflatten(tree, leaves)(g)
+
+    again.defvjp(lambda *qkv: (y, qkv), backward)
+    return again(q, k, v)
+
+
+def _is_statistics(x: jax.Array, q: jax.Array) -> bool:
+    """cuDNN computes in 16 bits and keeps one float32 [B, N, T] besides."""
+    B, T, N, _ = q.shape
+    return q.dtype != jnp.float32 and x.dtype == jnp.float32 and x.shape == (B, N, T)
 
 
 def _attention_cudnn(q, k, v, segments: jax.Array | None) -> jax.Array:

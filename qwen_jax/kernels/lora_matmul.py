@@ -1,10 +1,9 @@
 """x @ W^T + (x @ a^T) @ b for frozen weights W that read the same x, and its gradients.
 
-The narrow products go over x once for all weights. Their results are kept for the backward pass by
-name; a token has a few hundred bytes of them. On one Hopper card a kernel adds the wide product to
-the sums of the large one, forward (low @ b) and backward (slope @ a, where slope is the gradient of
-low): apart, each of these writes as much as the large product itself and reads it again. For `fp8`
-it also multiplies by the units of rows and weight. Elsewhere XLA does all that.
+The narrow products go over x once for all weights. On one Hopper card a kernel adds the wide
+product to the sums of the large one, forward (low @ b) and backward (slope @ a, where slope is the
+gradient of low): apart, each of these writes as much as the large product itself and reads it
+again. For `fp8` it also multiplies by the units of rows and weight. Elsewhere XLA does all that.
 
 At 72B and up to 4,096 tokens that kernel leaves four multiprocessors idle, on which the next weight
 can be dequantized. A program on one card runs at once what does not wait for each other
@@ -13,6 +12,11 @@ the arrays its kernel reads, and that is added to the layer's number of the next
 dequantization of that one starts right after the product; before it, it would take all
 multiprocessors. The gradient of the baton is such a zero, too, and goes from product to product
 the other way.
+
+A training step keeps some results between its two passes, and makes others again (layer_loop.py):
+`products` writes what it makes to where it is kept, and `lora_matmul` takes what was kept instead
+of computing it. What it does compute, right before it is needed for gradients, leaves the
+dequantized weight for them as well.
 """
 
 import dataclasses
@@ -24,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.kernels.dequantize import dequantize
@@ -31,9 +36,19 @@ from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.kernels.qmatmul import Weight, fp8_weight, input_gradient, qmatmul
 from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.quant import Layer
-from qwen_jax.remat import LOW
+from qwen_jax.remat import WEIGHT
 
 Pair = dict[str, Any]  # a [R, I], b [R, *O]: as model.lora_layers gives it
+
+
+@struct.dataclass
+class Products:
+    """What the products of some weights with one x give."""
+
+    ys: tuple[jax.Array | Layer, ...]  # each [*rows, *O], or the stack into which it was written
+    lows: tuple[jax.Array | None, ...]  # x @ a^T of each pair, [*rows, R]
+    baton: jax.Array
+    dense: tuple[jax.Array | None, ...]  # weights [*O, I] as the kernel read them: for gradients
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -43,25 +58,26 @@ def lora_matmul(
     pairs: tuple[Pair | None, ...],  # None: this weight has no low-rank correction
     baton: jax.Array,  # float32 []: that of the products before, or a zero
     compute: str = "bf16",  # or "fp8" for the products with the frozen weights
+    kept: tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]] | None = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:  # each [..., *O]; the baton
-    """All products; the weights get no gradient."""
-    return _forward(x, weights, pairs, baton, compute)[0]
+    """All products; the weights get no gradient. `kept`: ys and lows that were computed before."""
+    return _forward(x, weights, pairs, baton, compute, kept)[0]
 
 
-def _forward(x, weights, pairs, baton, compute: str):
-    lows, ys = narrow(x, pairs), []
-    for w, low, pair in zip(weights, lows, pairs, strict=True):
-        y, baton = product(x, w, low, pair, baton, compute)
-        ys.append(y)
-    return (tuple(ys), baton), (x, weights, pairs, lows)
+def _forward(x, weights, pairs, baton, compute: str, kept):
+    if kept is None:
+        made = products(x, weights, pairs, baton, compute)
+    else:
+        made = Products(ys=kept[0], lows=kept[1], baton=baton, dense=(None,) * len(weights))
+    return (made.ys, made.baton), (x, weights, pairs, made.lows, made.dense)
 
 
-def _backward(compute: str, kept, given: tuple[tuple[jax.Array, ...], jax.Array]):
-    x, weights, pairs, lows = kept
+def _backward(compute: str, residuals, given: tuple[tuple[jax.Array, ...], jax.Array]):
+    x, weights, pairs, lows, denses = residuals
     gs, baton = given  # each [..., *O]
     rows = tuple(range(x.ndim - 1))
     total, pair_gradients, slopes = None, [], []
-    for g, w, low, pair in zip(gs, weights, lows, pairs, strict=True):
+    for g, w, low, pair, dense in zip(gs, weights, lows, pairs, denses, strict=True):
         slope = None
         if pair is None:
             pair_gradients.append(None)
@@ -72,24 +88,38 @@ def _backward(compute: str, kept, given: tuple[tuple[jax.Array, ...], jax.Array]
             b = jax.lax.dot_general(low, g, ((rows, rows), ((), ())))
             pair_gradients.append({"b": b})
         slopes.append(slope)
-        part, baton = gradient(g, w, slope, pair, baton, compute)
+        part, baton = gradient(g, w, slope, pair, baton, compute, dense)
         total = part if total is None else total + part
     for own, a in zip(pair_gradients, _narrow_gradients(x, slopes), strict=True):
         if own is not None:
             own["a"] = a
-    return total, None, tuple(pair_gradients), baton
+    return total, None, tuple(pair_gradients), baton, None
 
 
 lora_matmul.defvjp(_forward, _backward)
 
 
+def products(
+    x: jax.Array,  # [*rows, I]
+    weights: tuple[Weight, ...],  # each [*O, I]
+    pairs: tuple[Pair | None, ...],
+    baton: jax.Array,
+    compute: str,
+    into: tuple[Layer | None, ...] | None = None,  # stacks [L, *rows, *O] to write layers of
+) -> Products:
+    """lora_matmul without gradients."""
+    lows, ys, denses = narrow(x, pairs), [], []
+    into = into or (None,) * len(weights)
+    for w, low, pair, place in zip(weights, lows, pairs, into, strict=True):
+        y, baton, dense = product(x, w, low, pair, baton, compute, place)
+        ys.append(y)
+        denses.append(dense)
+    return Products(ys=tuple(ys), lows=tuple(lows), baton=baton, dense=tuple(denses))
+
+
 def narrow(x: jax.Array, pairs: tuple[Pair | None, ...]) -> list[jax.Array | None]:
     """x @ a^T for each pair, [..., R], as one product."""
-
-    def product(a: jax.Array) -> jax.Array:
-        low = jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))
-        return checkpoint_name(low, LOW)
-
+    product = lambda a: jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))  # noqa: E731
     return _as_one(product, [None if pair is None else pair["a"] for pair in pairs], 0, -1)
 
 
@@ -116,72 +146,98 @@ def _as_one(
 
 
 def product(
-    x: jax.Array,  # [..., I]
+    x: jax.Array,  # [*rows, I]
     w: Weight,  # [*O, I]
-    low: jax.Array | None,  # [..., R]
+    low: jax.Array | None,  # [*rows, R]
     pair: Pair | None,
     baton: jax.Array,
     compute: str,
-) -> tuple[jax.Array, jax.Array]:  # [..., *O], the baton
-    """x @ W^T + low @ b."""
-    if pair is None:
-        return qmatmul(x, w, compute), baton
+    into: Layer | None = None,  # a stack [L, *rows, *O]
+) -> tuple[jax.Array | Layer, jax.Array, jax.Array | None]:
+    """x @ W^T + low @ b, [*rows, *O] or the stack; the baton; the weight as the kernel read it, if
+    that of the gradient will read the same.
+    """
     *out, I = w.shape
-    if _fused(x, w, math.prod(out), I, low):
-        b = pair["b"].reshape(len(pair["b"]), -1)
-        y, baton = _gemm(x.reshape(-1, I), w, low, b, baton, compute, backward=False)
-        return y.reshape(*x.shape[:-1], *out), baton
-    wide = jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
-    return qmatmul(x, w, compute) + wide, baton
+    if pair is not None and _fused(x, w, math.prod(out), I, low):
+        b, shape = pair["b"].reshape(len(pair["b"]), -1), (*x.shape[:-1], *out)
+        flat, dense, low, scale, baton = _operands(x, w, low, baton, compute, backward=False)
+        y = _gemm(flat, dense, low, b, scale, shape, into)
+        return y, baton, checkpoint_name(dense, WEIGHT) if scale is None else None
+    y = qmatmul(x, w, compute)
+    if pair is not None:
+        y += jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
+    return (y if into is None else written(into, y)), baton, None
 
 
 def gradient(
-    g: jax.Array,  # [..., *O]
+    g: jax.Array,  # [*rows, *O]
     w: Weight,  # [*O, I]
-    slope: jax.Array | None,  # [..., R]
+    slope: jax.Array | None,  # [*rows, R]
     pair: Pair | None,
     baton: jax.Array,
     compute: str,
-) -> tuple[jax.Array, jax.Array]:  # [..., I], the baton
+    dense: jax.Array | None = None,  # the weight, if it is there already
+) -> tuple[jax.Array, jax.Array]:  # [*rows, I], the baton
     """g @ W + slope @ a."""
-    if pair is None:
-        return input_gradient(g, w, compute), baton
     *out, I = w.shape
-    if _fused(g, w, I, math.prod(out), slope):
-        flat = g.reshape(-1, math.prod(out))
-        y, baton = _gemm(flat, w, slope, pair["a"], baton, compute, backward=True)
-        return y.reshape(*g.shape[: g.ndim - len(out)], I), baton
-    wide = jax.lax.dot_general(slope, pair["a"], (((slope.ndim - 1,), (0,)), ((), ())))
-    return input_gradient(g, w, compute) + wide, baton
+    if pair is not None and _fused(g, w, I, math.prod(out), slope):
+        rows = g.shape[: g.ndim - len(out)]
+        flat, scale = g.reshape(-1, math.prod(out)), None
+        if dense is None:
+            flat, dense, slope, scale, baton = _operands(
+                flat, w, slope, baton, compute, backward=True
+            )
+        slope = slope.reshape(len(flat), -1)
+        y = _gemm(flat, dense, slope, pair["a"], scale, (*rows, I), turned=scale is None)
+        return y, baton
+    y = input_gradient(g, w, compute)
+    if pair is not None:
+        y += jax.lax.dot_general(slope, pair["a"], (((slope.ndim - 1,), (0,)), ((), ())))
+    return y, baton
 
 
-def _gemm(
-    x: jax.Array,  # [M, K]
+def written(into: Layer, y: jax.Array) -> Layer:
+    """The stack with y in the place of one of its layers."""
+    stack = jax.lax.dynamic_update_index_in_dim(into.stack, y, into.index, 0)
+    return into.replace(stack=stack)
+
+
+def _operands(
+    x: jax.Array,  # [..., K]
     w: Layer,
     low: jax.Array,  # [..., R]
-    b: jax.Array,  # [R, N]
     baton: jax.Array,
     compute: str,
     *,
     backward: bool,  # K are the outputs of the weight, N its inputs
-) -> tuple[jax.Array, jax.Array]:  # [M, N], the baton
-    from qwen_jax.kernels import _pallas_gemm
-
+):
+    """What the kernel reads: x [M, K], the weight, low [M, R], scale [M] or None; the baton."""
     # Never true, not of NaN either: a wrong number would be a read outside the stack.
     w = dataclasses.replace(w, index=w.index + (baton > 0).astype(jnp.int32))
-    low = low.reshape(len(x), -1)
+    x = x.reshape(-1, x.shape[-1])
+    low, scale = low.reshape(len(x), -1), None
     if compute == "fp8":
         x, step = quantize_rows(x)
         dense, unit = fp8_weight(w, turned=backward)
-        dense = dense.reshape(b.shape[1], -1)
+        dense = dense.reshape(-1, x.shape[-1])
         scale = step * unit
         # The kernel scales the whole sum, so the low-rank term comes divided by it. A row of zeros
         # has a scale that may be flushed to zero, and nothing to divide.
         divisor = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None]
-        low = (low.astype(jnp.float32) / divisor).astype(b.dtype)
-        return _pallas_gemm.gemm(x, dense, low, b, scale), _zero_after(x, dense, low)
-    dense = dequantize(w, x.dtype).reshape(-1, w.shape[-1])
-    return _pallas_gemm.gemm(x, dense, low, b, turned=backward), _zero_after(x, dense, low)
+        low = (low.astype(jnp.float32) / divisor).astype(low.dtype)
+    else:
+        dense = dequantize(w, x.dtype).reshape(-1, w.shape[-1])
+    return x, dense, low, scale, _zero_after(x, dense, low)
+
+
+def _gemm(x, dense, low, b, scale, shape, into: Layer | None = None, *, turned: bool = False):
+    from qwen_jax.kernels import _pallas_gemm
+
+    if into is None:
+        return _pallas_gemm.gemm(x, dense, low, b, scale, turned=turned).reshape(shape)
+    stack = into.stack.reshape(-1, len(x), b.shape[1])
+    stack = _pallas_gemm.gemm(x, dense, low, b, scale, turned=turned, into=(stack, into.index))
+    return into.replace(stack=stack.reshape(-1, *shape))
 
 
 def _zero_after(*arrays: jax.Array) -> jax.Array:  # float32 []

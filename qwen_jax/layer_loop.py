@@ -1,0 +1,227 @@
+"""Layers one after another in training: what each keeps for the backward pass, and that pass.
+
+    forward   x -> layer 0 -> layer 1 -> ...     each writes its input, and what its level names
+                                                 (remat.py), into its place of a stack [L, ...]
+    backward  each layer, last to first, is run again with what it kept in place of what made it,
+              and differentiated
+
+By hand, because jax.lax.scan stacks what its body keeps: at 72B and 2,048 tokens it copies 0.4 GB a
+layer to where it is kept, and first fills the 29 GB of all layers with zeros. Here the kernel of a
+product writes straight to its place.
+
+A layer is a function of (mode, x, index, low, frozen, kept) -> (x, kept). It leaves its products
+and its attention to the mode, which is what differs: Plain computes, Keeping computes and writes
+to kept, Recalling takes from there. This file knows names and stacks, not what a layer is.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
+from qwen_jax.kernels.lora_matmul import lora_matmul, products, written
+from qwen_jax.kernels.unfilled import unfilled
+from qwen_jax.quant import Layer
+from qwen_jax.remat import ATTENTION, LOW, SAVED, WEIGHT
+
+Kept = dict[str, Any]  # name -> what products or attention gave, or the stacks of it
+
+
+@struct.dataclass
+class Thread:
+    """What goes from one product of a layer to the next."""
+
+    baton: jax.Array  # float32 []: kernels/lora_matmul.py
+    kept: Any  # of a mode; with a cache, the cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plain:
+    """Computes, and keeps nothing."""
+
+    compute: str = "bf16"  # "fp8": products with frozen weights in e4m3
+
+    def multiply(self, names, x, weights, pairs, thread: Thread):
+        """Products of x with weights, whose results have these names: ys and the thread."""
+        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute)
+        return ys, thread.replace(baton=baton)
+
+    def attend(self, q, k, v, kept: Kept, **rule):
+        """Attention under the rule of kernels/attention.py: y and kept."""
+        return attention(q, k, v, **rule), kept
+
+
+PLAIN = Plain()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeping(Plain):
+    """Computes, and writes what `names` has to layer `index` of the stacks.
+
+    Without an index, as it is: which says how large the stacks must be.
+    """
+
+    names: tuple[str, ...]
+    index: jax.Array | None = None  # int32 []
+
+    def multiply(self, names, x, weights, pairs, thread: Thread):
+        """As Plain; the kernel of a product writes it to its place."""
+        kept = thread.kept
+        into = None
+        if self.index is not None:
+            into = tuple(self._place(kept[name]) if name in self.names else None for name in names)
+        made = products(x, weights, pairs, thread.baton, self.compute, into)
+        ys = []
+        for name, y in zip(names, made.ys, strict=True):
+            if isinstance(y, Layer):
+                kept = {**kept, name: y.stack}
+                y = y.cut()
+            elif name in self.names:
+                kept = {**kept, name: y}
+            ys.append(y)
+        if LOW in self.names:
+            kept = self._write(f"{LOW} {names[0]}", made.lows, kept)
+        return tuple(ys), Thread(baton=made.baton, kept=kept)
+
+    def attend(self, q, k, v, kept: Kept, **rule):
+        """As Plain."""
+        y, statistics = attention_and_statistics(q, k, v, **rule)
+        if ATTENTION in self.names:
+            kept = self._write(ATTENTION, (y, statistics), kept)
+        return y, kept
+
+    def _place(self, stack: jax.Array) -> Layer:
+        return Layer(stack=stack, index=self.index)
+
+    def _write(self, name: str, value: Any, kept: Kept) -> Kept:
+        if self.index is not None:
+            value = jax.tree.map(lambda s, v: written(self._place(s), v).stack, kept[name], value)
+        return {**kept, name: value}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recalling(Plain):
+    """Takes from `kept` what is there, and computes the rest."""
+
+    def multiply(self, names, x, weights, pairs, thread: Thread):
+        """As Plain."""
+        known = None
+        if f"{LOW} {names[0]}" in thread.kept:
+            ys = tuple(
+                thread.kept[name] if name in thread.kept else _unused(x, w)
+                for name, w in zip(names, weights, strict=True)
+            )
+            known = (ys, thread.kept[f"{LOW} {names[0]}"])
+        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, known)
+        return ys, thread.replace(baton=baton)
+
+    def attend(self, q, k, v, kept: Kept, **rule):
+        """As Plain."""
+        if ATTENTION not in kept:
+            return attention(q, k, v, **rule), kept
+        return attention_again(q, k, v, *kept[ATTENTION], **rule), kept
+
+
+def _unused(x: jax.Array, w: Any) -> jax.Array:
+    """In the place of a result that only the next layer reads."""
+    return jnp.zeros((*x.shape[:-1], *w.shape[:-1]), x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Layers start .. stop - 1, all alike."""
+
+    # (mode, x [B, T, D], index int32 [], low, frozen, kept) -> (x, kept)
+    layer: Callable[..., tuple[jax.Array, Kept]]
+    start: int
+    stop: int
+    level: str = "full"  # of remat.LEVELS
+    compute: str = "bf16"
+    alone: bool = True  # on one device, so that kernels may run
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+def run_layers(
+    run: Run,
+    x: jax.Array,  # [B, T, D]
+    low: Any,  # LoRA pairs of these layers, stacked [count, ...]
+    frozen: Any,  # what layers read and get no gradient for
+) -> jax.Array:  # [B, T, D]
+    """x after these layers."""
+    if run.level == "none":
+        # The backward pass finds everything that it reads, but weights: they lie in the stack
+        # already, a copy would double them.
+        policy = jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)
+        keep = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        return _scan(run, x, low, frozen, keep)
+    return _run_again(run, x, low, frozen)
+
+
+def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
+    def body(x, per_layer):
+        index, low = per_layer
+        return run.layer(Plain(compute=run.compute), x, index, low, frozen, {})[0], None
+
+    return jax.lax.scan(wrap(body), x, (jnp.arange(run.start, run.stop), low))[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_again(run: Run, x, low, frozen):
+    """run_layers, with a backward pass that runs each layer again from what it kept."""
+    return _scan(run, x, low, frozen)
+
+
+def _forward(run: Run, x, low, frozen):
+    mode = Keeping(names=SAVED[run.level], compute=run.compute)
+
+    def shapes(low):
+        first = jax.tree.map(lambda stack: stack[0], low)
+        return run.layer(mode, x, jnp.int32(run.start), first, frozen, {})[1]
+
+    def stack_of(value, count: int = run.count):
+        return unfilled((count, *value.shape), value.dtype, kernels=run.alone)
+
+    kept = jax.tree.map(stack_of, jax.eval_shape(shapes, low))
+    inputs = stack_of(x, run.count + 1).at[0].set(x)
+
+    def body(carry, per_layer):
+        # x is not carried by itself: it would be copied from there to its place.
+        inputs, kept = carry
+        index, low = per_layer
+        own = dataclasses.replace(mode, index=index)
+        x, kept = run.layer(own, inputs[index], run.start + index, low, frozen, kept)
+        return (inputs.at[index + 1].set(x), kept), None
+
+    (inputs, kept), _ = jax.lax.scan(body, (inputs, kept), (jnp.arange(run.count), low))
+    return inputs[run.count], (inputs, kept, low, frozen)
+
+
+def _backward(run: Run, residuals, gradient):
+    inputs, kept, low, frozen = residuals
+    mode = Recalling(compute=run.compute)
+
+    def body(gradient, per_layer):
+        index, low = per_layer
+        own = jax.tree.map(lambda stack: stack[index], kept)
+
+        def again(x, low):
+            return run.layer(mode, x, run.start + index, low, frozen, own)[0]
+
+        with jax.named_scope("again"):
+            _, pullback = jax.vjp(again, inputs[index], low)
+            return pullback(gradient)
+
+    per_layer = (jnp.arange(run.count), low)
+    gradient, low_gradient = jax.lax.scan(body, gradient, per_layer, reverse=True)
+    return gradient, low_gradient, None
+
+
+_run_again.defvjp(_forward, _backward)
