@@ -25,9 +25,11 @@ from flax import struct
 
 from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
 from qwen_jax.kernels.lora_matmul import lora_matmul, products, written
+from qwen_jax.kernels.lora_mlp import Known, lora_mlp
+from qwen_jax.kernels.swiglu import swiglu
 from qwen_jax.kernels.unfilled import unfilled
 from qwen_jax.quant import Layer
-from qwen_jax.remat import ATTENTION, LOW, SAVED, WEIGHT
+from qwen_jax.remat import ATTENTION, DOWN, GATE, LOW, SAVED, UP, WEIGHT
 
 Kept = dict[str, Any]  # name -> what products or attention gave, or the stacks of it
 
@@ -50,6 +52,11 @@ class Plain:
         """Products of x with weights, whose results have these names: ys and the thread."""
         ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute)
         return ys, thread.replace(baton=baton)
+
+    def mlp(self, x, weights, pairs, thread: Thread):
+        """down(up(x) * silu(gate(x))) for the weights up, gate and down: y and the thread."""
+        y, baton = lora_mlp(x, weights, pairs, thread.baton, self.compute)
+        return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
         """Attention under the rule of kernels/attention.py: y and kept."""
@@ -85,8 +92,14 @@ class Keeping(Plain):
                 kept = {**kept, name: y}
             ys.append(y)
         if LOW in self.names:
-            kept = self._write(f"{LOW} {names[0]}", made.lows, kept)
+            kept = self._write(_low(names), made.lows, kept)
         return tuple(ys), Thread(baton=made.baton, kept=kept)
+
+    def mlp(self, x, weights, pairs, thread: Thread):
+        """As Plain."""
+        (up, gate), thread = self.multiply((UP, GATE), x, weights[:2], pairs[:2], thread)
+        (y,), thread = self.multiply((DOWN,), swiglu(up, gate), weights[2:], pairs[2:], thread)
+        return y, thread
 
     def attend(self, q, k, v, kept: Kept, **rule):
         """As Plain."""
@@ -111,25 +124,35 @@ class Recalling(Plain):
     def multiply(self, names, x, weights, pairs, thread: Thread):
         """As Plain."""
         known = None
-        if f"{LOW} {names[0]}" in thread.kept:
-            ys = tuple(
-                thread.kept[name] if name in thread.kept else _unused(x, w)
-                for name, w in zip(names, weights, strict=True)
-            )
-            known = (ys, thread.kept[f"{LOW} {names[0]}"])
+        if _low(names) in thread.kept:
+            ys = tuple(thread.kept[name].cut() for name in names)
+            known = (ys, _cut(thread.kept[_low(names)]))
         ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, known)
         return ys, thread.replace(baton=baton)
+
+    def mlp(self, x, weights, pairs, thread: Thread):
+        """As Plain. Of a layer that kept up and gate, only gradients are wanted: y is zeros."""
+        kept, known = thread.kept, None
+        if _low((UP, GATE)) in kept:
+            lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
+            known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
+        y, baton = lora_mlp(x, weights, pairs, thread.baton, self.compute, known)
+        return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
         """As Plain."""
         if ATTENTION not in kept:
             return attention(q, k, v, **rule), kept
-        return attention_again(q, k, v, *kept[ATTENTION], **rule), kept
+        return attention_again(q, k, v, *_cut(kept[ATTENTION]), **rule), kept
 
 
-def _unused(x: jax.Array, w: Any) -> jax.Array:
-    """In the place of a result that only the next layer reads."""
-    return jnp.zeros((*x.shape[:-1], *w.shape[:-1]), x.dtype)
+def _low(names: tuple[str, ...]) -> str:
+    """Where the narrow products of these are kept."""
+    return f"{LOW} {names[0]}"
+
+
+def _cut(layers: Any) -> Any:
+    return jax.tree.map(Layer.cut, layers, is_leaf=lambda x: isinstance(x, Layer))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +233,7 @@ def _backward(run: Run, residuals, gradient):
 
     def body(gradient, per_layer):
         index, low = per_layer
-        own = jax.tree.map(lambda stack: stack[index], kept)
+        own = jax.tree.map(lambda stack: Layer(stack=stack, index=index), kept)
 
         def again(x, low):
             return run.layer(mode, x, run.start + index, low, frozen, own)[0]

@@ -25,7 +25,7 @@ from qwen_jax.layer_loop import PLAIN, Plain, Run, Thread, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
 from qwen_jax.quant import Layer, QTensor, QuantFormat
-from qwen_jax.remat import DOWN, GATE, OUT, QKV, UP, WEIGHT, Remat
+from qwen_jax.remat import OUT, QKV, WEIGHT, Remat
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
 Params = dict[str, Any]
@@ -45,12 +45,10 @@ def mlp_block(
 
     The thread, here and below, goes from product to product; the mode computes them: layer_loop.py.
     """
+    names = ("up", "gate", "down")
     with jax.named_scope("mlp"):
-        pairs, names = (lora.get("up"), lora.get("gate")), (UP, GATE)
-        (up, gate), thread = mode.multiply(names, x, (w["up"], w["gate"]), pairs, thread)
-        x, pairs = up * jax.nn.silu(gate), (lora.get("down"),)
-        (y,), thread = mode.multiply((DOWN,), x, (w["down"],), pairs, thread)
-        return y, thread
+        weights, pairs = tuple(w[name] for name in names), tuple(lora.get(name) for name in names)
+        return mode.mlp(x, weights, pairs, thread)
 
 
 def project_qkv(x, w, lora, angles, logn, thread, mode=PLAIN):

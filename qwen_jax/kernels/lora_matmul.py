@@ -75,22 +75,14 @@ def _forward(x, weights, pairs, baton, compute: str, kept):
 def _backward(compute: str, residuals, given: tuple[tuple[jax.Array, ...], jax.Array]):
     x, weights, pairs, lows, denses = residuals
     gs, baton = given  # each [..., *O]
-    rows = tuple(range(x.ndim - 1))
     total, pair_gradients, slopes = None, [], []
     for g, w, low, pair, dense in zip(gs, weights, lows, pairs, denses, strict=True):
-        slope = None
-        if pair is None:
-            pair_gradients.append(None)
-        else:
-            outs = tuple(range(x.ndim - 1, g.ndim))
-            inner = tuple(range(1, pair["b"].ndim))
-            slope = jax.lax.dot_general(g, pair["b"], ((outs, inner), ((), ())))  # [..., R]
-            b = jax.lax.dot_general(low, g, ((rows, rows), ((), ())))
-            pair_gradients.append({"b": b})
+        slope, b = slope_and_b(g, low, pair)
+        pair_gradients.append(None if pair is None else {"b": b})
         slopes.append(slope)
         part, baton = gradient(g, w, slope, pair, baton, compute, dense)
         total = part if total is None else total + part
-    for own, a in zip(pair_gradients, _narrow_gradients(x, slopes), strict=True):
+    for own, a in zip(pair_gradients, narrow_gradients(x, slopes), strict=True):
         if own is not None:
             own["a"] = a
     return total, None, tuple(pair_gradients), baton, None
@@ -123,7 +115,22 @@ def narrow(x: jax.Array, pairs: tuple[Pair | None, ...]) -> list[jax.Array | Non
     return _as_one(product, [None if pair is None else pair["a"] for pair in pairs], 0, -1)
 
 
-def _narrow_gradients(x: jax.Array, slopes: list[jax.Array | None]) -> list[jax.Array | None]:
+def slope_and_b(
+    g: jax.Array,  # [*rows, *O]
+    low: jax.Array | None,  # [*rows, R]
+    pair: Pair | None,
+) -> tuple[jax.Array | None, jax.Array | None]:  # [*rows, R], [R, *O]
+    """Gradients of low and of b, given that of low @ b."""
+    if pair is None:
+        return None, None
+    rows = tuple(range(low.ndim - 1))
+    outs = tuple(range(low.ndim - 1, g.ndim))
+    inner = tuple(range(1, pair["b"].ndim))
+    slope = jax.lax.dot_general(g, pair["b"], ((outs, inner), ((), ())))
+    return slope, jax.lax.dot_general(low, g, ((rows, rows), ((), ())))
+
+
+def narrow_gradients(x: jax.Array, slopes: list[jax.Array | None]) -> list[jax.Array | None]:
     """slope^T @ x for each, [R, I], as one product."""
     rows = tuple(range(x.ndim - 1))
     product = lambda slope: jax.lax.dot_general(slope, x, ((rows, rows), ((), ())))  # noqa: E731

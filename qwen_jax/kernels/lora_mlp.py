@@ -1,0 +1,94 @@
+"""The MLP with LoRA in it: down(up(x) * silu(gate(x))), as one differentiable function.
+
+Its three products are those of lora_matmul.py. It is one function because the gradient of what
+stands between them (swiglu.py) makes what the pairs on both sides need.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from flax import struct
+
+from qwen_jax.kernels.lora_matmul import (
+    Pair,
+    Products,
+    gradient,
+    narrow_gradients,
+    products,
+    slope_and_b,
+)
+from qwen_jax.kernels.qmatmul import Weight
+from qwen_jax.kernels.swiglu import swiglu, swiglu_gradient
+from qwen_jax.quant import Layer
+
+
+@struct.dataclass
+class Known:
+    """What an earlier forward pass computed: nothing of it is computed again."""
+
+    up: jax.Array | Layer  # [B, T, F], or a layer of a stack
+    gate: jax.Array | Layer
+    lows: tuple[jax.Array | None, ...]  # [B, T, R], narrow products of up, gate and down
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def lora_mlp(
+    x: jax.Array,  # [B, T, D]
+    weights: tuple[Weight, Weight, Weight],  # up [F, D], gate [F, D], down [D, F]
+    pairs: tuple[Pair | None, ...],  # of them
+    baton: jax.Array,  # float32 []
+    compute: str = "bf16",
+    known: Known | None = None,  # then the result is not computed either, but zeros
+) -> tuple[jax.Array, jax.Array]:  # [B, T, D], the baton
+    """The weights get no gradient."""
+    return _forward(x, weights, pairs, baton, compute, known)[0]
+
+
+def _forward(x, weights, pairs, baton, compute: str, known: Known | None):
+    if known is not None:
+        up, gate, lows = known.up, known.gate, known.lows
+        return (jax.numpy.zeros_like(x), baton), (x, weights, pairs, up, gate, lows, (None,) * 3)
+    first = products(x, weights[:2], pairs[:2], baton, compute)
+    up, gate = first.ys
+    second: Products = products(swiglu(up, gate), weights[2:], pairs[2:], first.baton, compute)
+    lows, dense = (*first.lows, *second.lows), (*first.dense, *second.dense)
+    return (second.ys[0], second.baton), (x, weights, pairs, up, gate, lows, dense)
+
+
+def _backward(compute: str, residuals: Any, given: tuple[jax.Array, jax.Array]):
+    x, weights, pairs, up, gate, lows, denses = residuals
+    g, baton = given
+    of_up, of_gate, of_down = pairs
+    slope, down_b = slope_and_b(g, lows[2], of_down)
+    h, baton = gradient(g, weights[2], slope, of_down, baton, compute, denses[2])
+
+    flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])  # noqa: E731
+    bs = tuple(None if pair is None else pair["b"] for pair in pairs[:2])
+    made = swiglu_gradient(
+        _flat(up), _flat(gate), flat(h), bs, (flat(lows[0]), flat(lows[1])), flat(slope)
+    )
+    slopes = [made.up_slope, made.gate_slope]
+    slopes = [None if s is None else s.reshape(*x.shape[:-1], -1) for s in slopes]
+    total = None
+    for g, i in ((made.up, 0), (made.gate, 1)):
+        g = g.reshape(*x.shape[:-1], -1)
+        part, baton = gradient(g, weights[i], slopes[i], pairs[i], baton, compute, denses[i])
+        total = part if total is None else total + part
+    up_a, gate_a = narrow_gradients(x, slopes)
+    pair_gradients = (
+        None if of_up is None else {"a": up_a, "b": made.up_b},
+        None if of_gate is None else {"a": gate_a, "b": made.gate_b},
+        None if of_down is None else {"a": made.down_a, "b": down_b},
+    )
+    return total, None, pair_gradients, baton, None
+
+
+lora_mlp.defvjp(_forward, _backward)
+
+
+def _flat(x: jax.Array | Layer) -> jax.Array | Layer:
+    """[B, T, F] -> [B T, F]"""
+    if isinstance(x, Layer):
+        return x.replace(stack=x.stack.reshape(len(x.stack), -1, x.stack.shape[-1]))
+    return x.reshape(-1, x.shape[-1])
