@@ -201,6 +201,8 @@ class Launch:
                 (a[0].astype(np.float64) * a[1] + a[2]).astype(F32)
             ],
             "ex2.approx": lambda _, a: [np.exp2(a[0])],
+            "rcp.approx": lambda _, a: [(1 / a[0]).astype(F32)],
+            "movmatrix.sync.aligned.m8n8.trans.b16": self._turn,
             "rsqrt.approx": lambda _, a: [(1 / np.sqrt(a[0])).astype(F32)],
             "prmt.b32 $0, $1, $2,": self._permute,
             "sub.rn.bf16x2 $0, $1, $2;": lambda _, a: [
@@ -250,6 +252,11 @@ class Launch:
         at, rank = args
         block = self.index // self.threads // self.cluster * self.cluster + rank.astype(np.int64)
         return [np.ascontiguousarray(self.load(at, 4, block)).view(F32)[:, 0]]
+
+    def _turn(self, text, args):
+        pieces = np.ascontiguousarray(args[0]).view(np.uint16).reshape(-1, 8, 8)
+        turned = np.ascontiguousarray(pieces.transpose(0, 2, 1))
+        return [turned.reshape(-1).view(U32)]
 
     def _mma(self, text, args):
         a, b, c = (

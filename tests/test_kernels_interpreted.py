@@ -12,12 +12,14 @@ from qwen_jax.kernels import _pallas_decode_attention as attention_body
 from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
 from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
+from qwen_jax.kernels import _pallas_swiglu as swiglu_body
 from qwen_jax.kernels import _pallas_unpack as unpack_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
 from qwen_jax.kernels.decode_attention import decode_attention_xla
 from qwen_jax.kernels.packing import pack, pack_layer
 from qwen_jax.kernels.quantize_rows import quantize_rows_xla
 from qwen_jax.kernels.residual_norm import residual_norm_xla
+from qwen_jax.kernels.swiglu import swiglu_gradient_xla
 from qwen_jax.kernels.unpack import unpack
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 
@@ -228,6 +230,32 @@ def test_rows_to_e4m3(monkeypatch, K):
     codes, steps = quantize_rows_xla(jnp.asarray(x))
     np.testing.assert_allclose(steps, unit, rtol=1e-6)
     assert (np.asarray(codes, np.float32) != want).mean() < 1e-3
+
+
+@pytest.mark.parametrize(("M", "F", "R"), [(384, 512, 8), (128, 256, 16)])
+def test_gradient_of_swiglu(monkeypatch, M, F, R):
+    """Three blocks of rows and two of columns; layer 1 of one stack and 0 of another."""
+    shapes = [(2, M, F), (1, M, F), (M, F), (R, F), (R, F), (3, M, R)]
+    inputs = [normal(i, shape, jnp.bfloat16) for i, shape in enumerate(shapes)]
+    up, gate, g, *bs, narrow = (jnp.asarray(x) for x in inputs)
+    want = swiglu_gradient_xla(up[1], gate[0], g, bs, narrow[:2], narrow[2])
+
+    body = swiglu_body.check(M, F, {R})
+    launch = Launch(body.across * body.down, 128, 4 * body.shared_floats)
+    outs = [(M, F), (M, F), (body.across, 2, M, R), (body.down, 3, F, R)]
+    kinds = [BF16, BF16, np.float32, np.float32]
+    outs = [launch.array(np.full(s, np.nan, k)) for s, k in zip(outs, kinds, strict=True)]
+    refs = [launch.array(x) for x in inputs[:5]]
+    turned = launch.array(np.ascontiguousarray(np.swapaxes(inputs[5], 1, 2)))
+    index = launch.array(np.array([1, 0], np.int32))
+    with interpreted(launch, monkeypatch, swiglu_body):
+        body(None, index, *refs, turned, *outs, ("shared", 0))
+    of_up, of_gate, slopes, pairs = (launch.read(out).astype(np.float64) for out in outs)
+    slopes, pairs = slopes.sum(0), np.swapaxes(pairs.sum(0), 1, 2)
+    ours = (of_up, of_gate, *slopes, *pairs)
+    # Both round a sum to 8 bits, or an operand of it one step apart.
+    for a, b in zip(ours, jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 2**-8
 
 
 def test_reads_outside_an_array_are_seen(monkeypatch):

@@ -102,6 +102,11 @@ def load_word(at: Value) -> Value:
     return asm("ld.global.u32 $0, [$1];", [at], [i32()])
 
 
+def load_words(at: Value, offset: int) -> list[Value]:
+    """16 bytes a lane."""
+    return asm(f"ld.global.v4.u32 {{$0,$1,$2,$3}}, [$4+{offset}];", [at], [i32()] * 4)
+
+
 def load_streamed(at: Value, offset: int) -> list[Value]:
     """16 bytes a lane that are read once: past L1, so that what is read again stays there."""
     text = f"ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{$0,$1,$2,$3}}, [$4+{offset}];"
@@ -146,6 +151,17 @@ def rounded(value: Value) -> Value:
 
 def exp2(a: Value) -> Value:
     return asm("ex2.approx.ftz.f32 $0, $1;", [a], [f32()], pure=True)
+
+
+def inverse(a: Value) -> Value:
+    return asm("rcp.approx.ftz.f32 $0, $1;", [a], [f32()], pure=True)
+
+
+def turn_8x8(word: Value) -> Value:
+    """A piece [8, 8] of 16-bit values, of which lane l has row l / 4 and there the pair l mod 4,
+    transposed.
+    """
+    return asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", [word], [i32()], pure=True)
 
 
 def mma_16x8x16(sums: list[Value], a: list[Value], b: list[Value]) -> list[Value]:
