@@ -27,6 +27,8 @@ def of_threads(body: Callable[..., None]) -> Callable[..., None]:
     def kernel(*refs):
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))(body)(*refs)
 
+    # The file's name: what a profile calls it.
+    kernel.__name__ = body.__module__.rpartition("_pallas_")[2]
     return kernel
 
 

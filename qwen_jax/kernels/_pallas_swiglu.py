@@ -123,29 +123,43 @@ class Body:
         slopes_at = ptx.add(ptx.address(slopes_ref), ptx.wide(slopes_at))
         shared = ptx.address(smem)
 
-        def tile(i, sums):
+        last = self.rows // 16 - 1
+
+        def load(i, half):
+            """What a tile is made of, 6 x 16 bytes a lane."""
+            rows = ptx.mul(ptx.wide(i), 16 * 2 * self.F)
+            offsets = (half * 64, half * 64 + 8 * self.F * 2)
+            return [[ptx.load_words(ptx.add(at, rows), o) for at in sources] for o in offsets]
+
+        def tile(i, state):
+            # The next half of a tile is always on its way while one is worked on.
+            sums, loaded = state
             rows = ptx.mul(ptx.wide(i), 16)
-            here = [ptx.add(base, ptx.mul(rows, 2 * self.F)) for base in (*sources, *targets)]
+            here = [ptx.add(base, ptx.mul(rows, 2 * self.F)) for base in targets]
             lows = self._load_lows(ptx.add(narrow, ptx.mul(rows, 2)))
             slopes = [[[ptx.real(0.0)] * 4 for _ in range(self.R // 8)] for _ in range(2)]
-            for half in range(_COLUMNS // 32):
-                made = self._make(here, half * 64)
+            for half in range(2):
+                following = arith.minui(ptx.add(i, half), ptx.const(last))
+                ahead = load(following, 1 - half)
+                made = self._make(loaded, here, half * 64)
                 for which in range(2):
                     for n in range(self.R // 8):
                         b = bs[which][n][half]
                         slopes[which][n] = _add_slope(slopes[which][n], made[which], b)
                 sums = self._add_pairs(sums, half, made, lows)
+                loaded = ahead
             parity = arith.andi(i, ptx.const(1))
             buffer = ptx.add(shared, ptx.mul(parity, self.shared_floats * 2))
-            self._sum_slopes(slopes, buffer, thread, warp, row, part,
-                             ptx.add(slopes_at, ptx.mul(rows, self.R * 4)))  # fmt: skip
-            return sums
+            target = ptx.add(slopes_at, ptx.mul(rows, self.R * 4))
+            self._sum_slopes(slopes, buffer, thread, warp, row, part, target)
+            return sums, loaded
 
         zeros = [
             [[[ptx.real(0.0)] * 4 for _ in range(_COLUMNS // 16)] for _ in range(self.R // 8)]
             for _ in range(3)
         ]
-        sums = ptx.loop(ptx.const(0), ptx.const(self.rows // 16), 1, zeros, tile)
+        state = zeros, load(ptx.const(0), 0)
+        sums, _ = ptx.loop(ptx.const(0), ptx.const(last + 1), 1, state, tile)
         self._store_pairs(sums, ptx.address(pairs_ref), down, column, row, part)
 
     def _layer(self, ref, index_ref, i: int):
@@ -173,12 +187,10 @@ class Body:
             for which in range(3)
         ]  # fmt: skip
 
-    def _make(self, here, offset: int):
+    def _make(self, loaded, targets, offset: int):
         """[which][row, row + 8] four words: gradients of up and gate, which are stored, and h."""
         made = [[], [], []]
-        below = 8 * self.F * 2
-        loaded = [[ptx.load_words(at, offset + down) for at in here[:3]] for down in (0, below)]
-        for (up, gate, g), down in zip(loaded, (0, below), strict=True):
+        for (up, gate, g), down in zip(loaded, (0, 8 * self.F * 2), strict=True):
             values = [[], [], []]
             for words in zip(up, gate, g, strict=True):
                 for of_up, of_gate, of_g in zip(*map(ptx.bfloats, words), strict=True):
@@ -189,7 +201,7 @@ class Body:
                 made[which].append(words)
                 if which < 2:
                     text = f"st.global.v4.u32 [$0+{offset + down}], {{$1,$2,$3,$4}};"
-                    ptx.asm(text, [here[3 + which], *words])
+                    ptx.asm(text, [targets[which], *words])
         return made
 
     def _add_pairs(self, sums, half: int, made, lows):

@@ -112,7 +112,10 @@ def products(
 def narrow(x: jax.Array, pairs: tuple[Pair | None, ...]) -> list[jax.Array | None]:
     """x @ a^T for each pair, [..., R], as one product."""
     product = lambda a: jax.lax.dot_general(x, a, (((x.ndim - 1,), (1,)), ((), ())))  # noqa: E731
-    return _as_one(product, [None if pair is None else pair["a"] for pair in pairs], 0, -1)
+    lows = _as_one(product, [None if pair is None else pair["a"] for pair in pairs], 0, -1)
+    # What waits for a part then waits for the copy of it as well. Else the baton is there before
+    # the product of which it is, and the next weight takes all multiprocessors.
+    return jax.lax.optimization_barrier(lows)
 
 
 def slope_and_b(
