@@ -232,16 +232,16 @@ def test_rows_to_e4m3(monkeypatch, K):
     assert (np.asarray(codes, np.float32) != want).mean() < 1e-3
 
 
-@pytest.mark.parametrize(("M", "F", "R"), [(384, 512, 8), (128, 256, 16)])
+@pytest.mark.parametrize(("M", "F", "R"), [(384, 1024, 8), (256, 384, 16)])
 def test_gradient_of_swiglu(monkeypatch, M, F, R):
-    """Three blocks of rows and two of columns; layer 1 of one stack and 0 of another."""
+    """Blocks along both axes; layer 1 of one stack and 0 of another."""
     shapes = [(2, M, F), (1, M, F), (M, F), (R, F), (R, F), (3, M, R)]
     inputs = [normal(i, shape, jnp.bfloat16) for i, shape in enumerate(shapes)]
     up, gate, g, *bs, narrow = (jnp.asarray(x) for x in inputs)
     want = swiglu_gradient_xla(up[1], gate[0], g, bs, narrow[:2], narrow[2])
 
     body = swiglu_body.check(M, F, {R})
-    launch = Launch(body.across * body.down, 128, 4 * body.shared_floats)
+    launch = Launch(body.across * body.down, 32 * body.warps, 4 * body.shared_floats)
     outs = [(M, F), (M, F), (body.across, 2, M, R), (body.down, 3, F, R)]
     kinds = [BF16, BF16, np.float32, np.float32]
     outs = [launch.array(np.full(s, np.nan, k)) for s, k in zip(outs, kinds, strict=True)]

@@ -1,10 +1,13 @@
 """Mosaic GPU body of the gradient of SwiGLU, with the narrow products of LoRA in the same pass.
 
-A warp has 64 columns, and goes down a block of rows 16 at a time. Of each tile [16, 64] it makes
+A warp has 32 columns, and goes down a block of rows 16 at a time. Of each tile [16, 32] it makes
 the gradients of up and gate and h again, stores the first two, and multiplies on tensor cores
 
-    slopes   tile [16, 64] @ b^T [64, R]       summed over the columns: of a block here, then by XLA
-    pairs    tile^T [64, 16] @ low [16, R]     summed over the rows: of a block here, then by XLA
+    slopes   tile [16, 32] @ b^T [32, R]       summed over the columns: of a block here, then by XLA
+    pairs    tile^T [32, 16] @ low [16, R]     summed over the rows: of a block here, then by XLA
+
+The next tile is on its way while one is worked on. A block has 16 warps where it can: the compiler
+then keeps to the 128 registers with which so many fit on a multiprocessor.
 
 A lane loads 16 bytes, 8 neighbours of a row, where a multiplication wants pairs from here and
 there: so the columns go by another order (a sum has none), the same for b. For the second product
@@ -23,22 +26,23 @@ from qwen_jax.kernels import _pallas_ptx as ptx
 from qwen_jax.kernels._pallas_codes import bfloat16s
 from qwen_jax.quant import Layer
 
-_WARPS = 4
-_COLUMNS = 64  # of a warp
-_ROWS = (512, 256, 128)  # of a block, whichever is the first to divide all
+_WARPS = (16, 8, 4)  # of a block: whichever is the first to divide the columns
+_COLUMNS = 32  # of a warp: eight for each of four lanes
+_ROWS = (256, 128)  # of a block
 _RANKS = (8, 16)
 
 
 def check(M: int, F: int, ranks: set[int]) -> "Body":
     """The body that serves, or NotImplementedError with the reason that none does."""
     rows = next((r for r in _ROWS if M % r == 0), 0)
-    if not rows or F % (_WARPS * _COLUMNS) or M * F >= 2**31:
+    warps = next((w for w in _WARPS if F % (w * _COLUMNS) == 0), 0)
+    if not rows or not warps or M * F >= 2**31:
         raise NotImplementedError(
-            f"{M} x {F}: expected multiples of {_ROWS[-1]} x {_WARPS * _COLUMNS} below 2^31"
+            f"{M} x {F}: expected multiples of {_ROWS[-1]} x {_WARPS[-1] * _COLUMNS} below 2^31"
         )
     if len(ranks) > 1 or not ranks <= set(_RANKS):
         raise NotImplementedError(f"ranks {sorted(ranks)}: expected one of {_RANKS} for all pairs")
-    return Body(M=M, F=F, R=ranks.pop(), rows=rows)
+    return Body(M=M, F=F, R=ranks.pop(), rows=rows, warps=warps)
 
 
 def gradient(
@@ -63,7 +67,7 @@ def gradient(
         ),
         grid=(body.across * body.down,),
         grid_names=("block",),
-        num_threads=_WARPS // 4,
+        num_threads=body.warps // 4,
         thread_name="warpgroup",
         scratch_types=[plgpu.SMEM((body.shared_floats,), jnp.float32)],
         compiler_params=ptx.LANE,
@@ -84,12 +88,13 @@ class Body:
     M: int
     F: int
     R: int
-    rows: int
+    rows: int  # of a block
+    warps: int  # of a block
 
     @property
     def across(self) -> int:
         """Blocks along F."""
-        return self.F // (_WARPS * _COLUMNS)
+        return self.F // (self.warps * _COLUMNS)
 
     @property
     def down(self) -> int:
@@ -99,7 +104,7 @@ class Body:
     @property
     def shared_floats(self) -> int:
         """Two rounds of what every warp adds to the slopes of 16 rows."""
-        return 2 * _WARPS * 2 * 16 * self.R
+        return 2 * self.warps * 2 * 16 * self.R
 
     def __call__(
         self, ctx, index_ref, up_ref, gate_ref, g_ref, up_b, gate_b, narrow_ref,
@@ -110,7 +115,7 @@ class Body:
         block = ptx.block()
         across, down = (op(block, ptx.const(self.across)) for op in (arith.remui, arith.divui))
         first_row = ptx.mul(down, self.rows)
-        column = ptx.add(ptx.mul(across, _WARPS * _COLUMNS), ptx.mul(warp, _COLUMNS))
+        column = ptx.add(ptx.mul(across, self.warps * _COLUMNS), ptx.mul(warp, _COLUMNS))
         at = ptx.add(ptx.mul(ptx.add(first_row, row), self.F), ptx.add(column, ptx.mul(part, 8)))
         at = ptx.mul(ptx.wide(at), 2)  # bytes from the start of an array [M, F] to this lane's
         sources = [self._layer(ref, index_ref, i) for i, ref in enumerate((up_ref, gate_ref))]
@@ -125,40 +130,33 @@ class Body:
 
         last = self.rows // 16 - 1
 
-        def load(i, half):
-            """What a tile is made of, 6 x 16 bytes a lane."""
+        def load(i):
+            """What a tile is made of: 6 x 16 bytes a lane."""
             rows = ptx.mul(ptx.wide(i), 16 * 2 * self.F)
-            offsets = (half * 64, half * 64 + 8 * self.F * 2)
-            return [[ptx.load_words(ptx.add(at, rows), o) for at in sources] for o in offsets]
+            at = [ptx.add(source, rows) for source in sources]
+            return [[ptx.load_words(a, below) for a in at] for below in (0, 8 * self.F * 2)]
 
         def tile(i, state):
-            # The next half of a tile is always on its way while one is worked on.
             sums, loaded = state
+            ahead = load(arith.minui(ptx.add(i, 1), ptx.const(last)))
             rows = ptx.mul(ptx.wide(i), 16)
-            here = [ptx.add(base, ptx.mul(rows, 2 * self.F)) for base in targets]
             lows = self._load_lows(ptx.add(narrow, ptx.mul(rows, 2)))
-            slopes = [[[ptx.real(0.0)] * 4 for _ in range(self.R // 8)] for _ in range(2)]
-            for half in range(2):
-                following = arith.minui(ptx.add(i, half), ptx.const(last))
-                ahead = load(following, 1 - half)
-                made = self._make(loaded, here, half * 64)
-                for which in range(2):
-                    for n in range(self.R // 8):
-                        b = bs[which][n][half]
-                        slopes[which][n] = _add_slope(slopes[which][n], made[which], b)
-                sums = self._add_pairs(sums, half, made, lows)
-                loaded = ahead
+            made = self._make(loaded, [ptx.add(t, ptx.mul(rows, 2 * self.F)) for t in targets])
+            slopes = [[_slope(tile, b) for b in of] for tile, of in zip(made, bs, strict=False)]
+            sums = [
+                _add_pairs(of, tile, low) for of, tile, low in zip(sums, made, lows, strict=True)
+            ]
             parity = arith.andi(i, ptx.const(1))
             buffer = ptx.add(shared, ptx.mul(parity, self.shared_floats * 2))
             target = ptx.add(slopes_at, ptx.mul(rows, self.R * 4))
             self._sum_slopes(slopes, buffer, thread, warp, row, part, target)
-            return sums, loaded
+            return sums, ahead
 
         zeros = [
             [[[ptx.real(0.0)] * 4 for _ in range(_COLUMNS // 16)] for _ in range(self.R // 8)]
             for _ in range(3)
         ]
-        state = zeros, load(ptx.const(0), 0)
+        state = zeros, load(ptx.const(0))
         sums, _ = ptx.loop(ptx.const(0), ptx.const(last + 1), 1, state, tile)
         self._store_pairs(sums, ptx.address(pairs_ref), down, column, row, part)
 
@@ -168,13 +166,10 @@ class Body:
         return ptx.add(ptx.address(ref), ptx.mul(ptx.wide(layer), self.M * self.F * 2))
 
     def _load_b(self, ref, row, part, column):
-        """[R / 8][half] four words: of row 8 n + row of b the columns that this lane has."""
+        """[R / 8] four words: of row 8 n + row of b the columns that this lane has."""
         at = ptx.add(ptx.mul(row, self.F), ptx.add(column, ptx.mul(part, 8)))
         at = ptx.add(ptx.address(ref), ptx.mul(ptx.wide(at), 2))
-        return [
-            [ptx.load_words(at, n * 8 * self.F * 2 + half * 64) for half in range(_COLUMNS // 32)]
-            for n in range(self.R // 8)
-        ]
+        return [ptx.load_words(at, n * 8 * self.F * 2) for n in range(self.R // 8)]
 
     def _load_lows(self, at):
         """[which][R / 8] two words: rows 2 part, 2 part + 1 and 8 further of one rank."""
@@ -187,7 +182,7 @@ class Body:
             for which in range(3)
         ]  # fmt: skip
 
-    def _make(self, loaded, targets, offset: int):
+    def _make(self, loaded, targets):
         """[which][row, row + 8] four words: gradients of up and gate, which are stored, and h."""
         made = [[], [], []]
         for (up, gate, g), down in zip(loaded, (0, 8 * self.F * 2), strict=True):
@@ -200,21 +195,9 @@ class Body:
                 words = bfloat16s(eight)
                 made[which].append(words)
                 if which < 2:
-                    text = f"st.global.v4.u32 [$0+{offset + down}], {{$1,$2,$3,$4}};"
+                    text = f"st.global.v4.u32 [$0+{down}], {{$1,$2,$3,$4}};"
                     ptx.asm(text, [targets[which], *words])
         return made
-
-    def _add_pairs(self, sums, half: int, made, lows):
-        """tile^T @ low, 16 columns at a time."""
-        sums = [[list(parts) for parts in ranks] for ranks in sums]
-        for which, (above, below) in enumerate(made):
-            turned = [[ptx.turn_8x8(word) for word in words] for words in (above, below)]
-            for j in range(0, 4, 2):
-                a = [turned[0][j], turned[0][j + 1], turned[1][j], turned[1][j + 1]]
-                for n in range(self.R // 8):
-                    at = half * 2 + j // 2
-                    sums[which][n][at] = ptx.mma_16x8x16(sums[which][n][at], a, lows[which][n])
-        return sums
 
     def _sum_slopes(self, slopes, buffer, thread, warp, row, part, target) -> None:
         """Over the warps of the block, through shared memory."""
@@ -229,19 +212,18 @@ class Body:
                     ptx.asm(text, [at, *slopes[which][n][2 * half : 2 * half + 2]])
         # One barrier a tile: the next one goes to the other buffer.
         ptx.barrier()
-        for which in range(2):
-            for start in range(0, 16 * self.R, 128):
-                place = ptx.mul(ptx.add(thread, start), 4)
-                source = ptx.add(buffer, place)
-                loads = [
-                    ptx.asm(
-                        f"ld.shared.f32 $0, [$1+{w * size + which * size // 2}];",
-                        [source], [ptx.f32()],
-                    )
-                    for w in range(_WARPS)
-                ]  # fmt: skip
-                to = ptx.add(ptx.add(target, ptx.wide(place)), which * self.M * self.R * 4)
-                ptx.asm("st.global.f32 [$0], $1;", [to, ptx.total(loads)])
+        for start in range(0, 2 * 16 * self.R, 32 * self.warps):
+            index = ptx.add(thread, start)
+            which = arith.shrui(index, ptx.const((16 * self.R).bit_length() - 1))
+            source = ptx.add(buffer, ptx.mul(index, 4))
+            loads = [
+                ptx.asm(f"ld.shared.f32 $0, [$1+{w * size}];", [source], [ptx.f32()])
+                for w in range(self.warps)
+            ]
+            # The rows of gate are all of M further, not 16.
+            place = ptx.add(index, ptx.mul(which, (self.M - 16) * self.R))
+            to = ptx.add(target, ptx.wide(ptx.mul(place, 4)))
+            ptx.asm("st.global.f32 [$0], $1;", [to, ptx.total(loads)])
 
     def _store_pairs(self, sums, base, down, column, row, part) -> None:
         """[which, column, rank] of this block of rows."""
@@ -253,20 +235,32 @@ class Body:
         for which in range(3):
             for n in range(self.R // 8):
                 for piece in range(_COLUMNS // 16):
-                    half, j = piece // 2, piece % 2 * 2
                     for k in range(2):
-                        there = (which * self.F + half * 32 + 2 * (j + k)) * self.R + 8 * n
+                        there = (which * self.F + 2 * (2 * piece + k)) * self.R + 8 * n
                         text = f"st.global.v2.f32 [$0+{there * 4}], {{$1,$2}};"
                         ptx.asm(text, [at, *sums[which][n][piece][2 * k : 2 * k + 2]])
 
 
-def _add_slope(sums, made, b):
+def _slope(tile, b):
     """tile [16, 32] @ b^T [32, 8], 16 columns at a time."""
-    above, below = made
-    for step in range(0, 4, 2):
-        a = [above[step], below[step], above[step + 1], below[step + 1]]
-        sums = ptx.mma_16x8x16(sums, a, b[step : step + 2])
+    (above, below), sums = tile, [ptx.real(0.0)] * 4
+    for j in (0, 2):
+        a = [above[j], below[j], above[j + 1], below[j + 1]]
+        sums = ptx.mma_16x8x16(sums, a, b[j : j + 2])
     return sums
+
+
+def _add_pairs(sums, tile, lows):
+    """tile^T [32, 16] @ low [16, R], 16 columns at a time."""
+    above, below = ([ptx.turn_8x8(word) for word in words] for words in tile)
+    added = []
+    for of_ranks, low in zip(sums, lows, strict=True):
+        pieces = zip(of_ranks, (0, 2), strict=True)
+        added.append([
+            ptx.mma_16x8x16(piece, [above[j], above[j + 1], below[j], below[j + 1]], low)
+            for piece, j in pieces
+        ])  # fmt: skip
+    return added
 
 
 def _gradients(up, gate, g):
