@@ -212,18 +212,23 @@ class Body:
                     ptx.asm(text, [at, *slopes[which][n][2 * half : 2 * half + 2]])
         # One barrier a tile: the next one goes to the other buffer.
         ptx.barrier()
-        for start in range(0, 2 * 16 * self.R, 32 * self.warps):
+        count = 2 * 16 * self.R
+        for start in range(0, count, 32 * self.warps):
             index = ptx.add(thread, start)
-            which = arith.shrui(index, ptx.const((16 * self.R).bit_length() - 1))
-            source = ptx.add(buffer, ptx.mul(index, 4))
-            loads = [
-                ptx.asm(f"ld.shared.f32 $0, [$1+{w * size}];", [source], [ptx.f32()])
-                for w in range(self.warps)
-            ]
-            # The rows of gate are all of M further, not 16.
-            place = ptx.add(index, ptx.mul(which, (self.M - 16) * self.R))
-            to = ptx.add(target, ptx.wide(ptx.mul(place, 4)))
-            ptx.asm("st.global.f32 [$0], $1;", [to, ptx.total(loads)])
+            with ptx.when(ptx.less(index, count)):
+                self._sum_slope(index, buffer, size, target)
+
+    def _sum_slope(self, index, buffer, size: int, target) -> None:
+        which = arith.shrui(index, ptx.const((16 * self.R).bit_length() - 1))
+        source = ptx.add(buffer, ptx.mul(index, 4))
+        loads = [
+            ptx.asm(f"ld.shared.f32 $0, [$1+{w * size}];", [source], [ptx.f32()])
+            for w in range(self.warps)
+        ]
+        # The rows of gate are all of M further, not 16.
+        place = ptx.add(index, ptx.mul(which, (self.M - 16) * self.R))
+        to = ptx.add(target, ptx.wide(ptx.mul(place, 4)))
+        ptx.asm("st.global.f32 [$0], $1;", [to, ptx.total(loads)])
 
     def _store_pairs(self, sums, base, down, column, row, part) -> None:
         """[which, column, rank] of this block of rows."""
