@@ -19,6 +19,7 @@ from qwen_jax import model as decoder
 from qwen_jax.adapters import Lora
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.params import ParamSpec, param_table
 from qwen_jax.positions import Place
 
@@ -60,7 +61,7 @@ def streamed_logits(
         weights = _Layer(lambda spec, layer=layer: _whole(source, spec, layer, dtype), specs)
         low = jax.tree.map(lambda stack, layer=layer: stack[layer], pairs)
         x, _ = decoder.decoder_layer(cfg, x, weights, low, place.angles, place.logn, attend)
-    x = decoder.rms_norm(x, jnp.asarray(_whole(source, specs[("ln_f",)], 0, dtype)), cfg.norm_eps)
+    x = rms_norm(x, jnp.asarray(_whole(source, specs[("ln_f",)], 0, dtype)), cfg.norm_eps)
     logits = np.empty((T, cfg.vocab_size), np.float32)
     row = 0
     for block in source.blocks(specs[("lm_head",)], 0):

@@ -26,6 +26,7 @@ from flax import struct
 from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
 from qwen_jax.kernels.lora_matmul import lora_matmul, products, written
 from qwen_jax.kernels.lora_mlp import Known, lora_mlp
+from qwen_jax.kernels.rms_norm import residual_rms_norm
 from qwen_jax.kernels.swiglu import swiglu
 from qwen_jax.kernels.unfilled import unfilled
 from qwen_jax.quant import Layer
@@ -47,15 +48,20 @@ class Plain:
     """Computes, and keeps nothing."""
 
     compute: str = "bf16"  # "fp8": products with frozen weights in e4m3
+    alone: bool = True  # on one device, so that kernels may run
+
+    def norm(self, x, y, weight, eps: float, readers: int = 1):
+        """x (+ y) and its norm for each of the readers: kernels/rms_norm.py."""
+        return residual_rms_norm(x, y, weight, eps, readers=readers, alone=self.alone)
 
     def multiply(self, names, x, weights, pairs, thread: Thread):
         """Products of x with weights, whose results have these names: ys and the thread."""
         ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute)
         return ys, thread.replace(baton=baton)
 
-    def mlp(self, x, weights, pairs, thread: Thread):
+    def mlp(self, xs, weights, pairs, thread: Thread):
         """down(up(x) * silu(gate(x))) for the weights up, gate and down: y and the thread."""
-        y, baton = lora_mlp(x, weights, pairs, thread.baton, self.compute)
+        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute)
         return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -95,9 +101,9 @@ class Keeping(Plain):
             kept = self._write(_low(names), made.lows, kept)
         return tuple(ys), Thread(baton=made.baton, kept=kept)
 
-    def mlp(self, x, weights, pairs, thread: Thread):
+    def mlp(self, xs, weights, pairs, thread: Thread):
         """As Plain."""
-        (up, gate), thread = self.multiply((UP, GATE), x, weights[:2], pairs[:2], thread)
+        (up, gate), thread = self.multiply((UP, GATE), xs[0], weights[:2], pairs[:2], thread)
         (y,), thread = self.multiply((DOWN,), swiglu(up, gate), weights[2:], pairs[2:], thread)
         return y, thread
 
@@ -130,13 +136,13 @@ class Recalling(Plain):
         ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, known)
         return ys, thread.replace(baton=baton)
 
-    def mlp(self, x, weights, pairs, thread: Thread):
+    def mlp(self, xs, weights, pairs, thread: Thread):
         """As Plain. Of a layer that kept up and gate, only gradients are wanted: y is zeros."""
         kept, known = thread.kept, None
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
             known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
-        y, baton = lora_mlp(x, weights, pairs, thread.baton, self.compute, known)
+        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute, known)
         return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -189,9 +195,11 @@ def run_layers(
 
 
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
+    mode = Plain(compute=run.compute, alone=run.alone)
+
     def body(x, per_layer):
         index, low = per_layer
-        return run.layer(Plain(compute=run.compute), x, index, low, frozen, {})[0], None
+        return run.layer(mode, x, index, low, frozen, {})[0], None
 
     return jax.lax.scan(wrap(body), x, (jnp.arange(run.start, run.stop), low))[0]
 
@@ -203,7 +211,7 @@ def _run_again(run: Run, x, low, frozen):
 
 
 def _forward(run: Run, x, low, frozen):
-    mode = Keeping(names=SAVED[run.level], compute=run.compute)
+    mode = Keeping(names=SAVED[run.level], compute=run.compute, alone=run.alone)
 
     def shapes(low):
         first = jax.tree.map(lambda stack: stack[0], low)
@@ -229,7 +237,7 @@ def _forward(run: Run, x, low, frozen):
 
 def _backward(run: Run, residuals, gradient):
     inputs, kept, low, frozen = residuals
-    mode = Recalling(compute=run.compute)
+    mode = Recalling(compute=run.compute, alone=run.alone)
 
     def body(gradient, per_layer):
         index, low = per_layer

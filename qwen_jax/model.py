@@ -21,6 +21,7 @@ from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight
+from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.layer_loop import PLAIN, Plain, Run, Thread, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
@@ -31,15 +32,12 @@ from qwen_jax.sharding import batch_spec, constrain, partition_spec
 Params = dict[str, Any]
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x [..., D] -> [..., D]: float32 inside, cast back, then the weight, as the original does."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight
-
-
 def mlp_block(
-    x: jax.Array, w: Params, lora: Params, thread: Thread, mode: Plain = PLAIN
+    xs: tuple[jax.Array, jax.Array],  # [B, T, D]: the same for up and for gate
+    w: Params,
+    lora: Params,
+    thread: Thread,
+    mode: Plain = PLAIN,
 ) -> tuple[jax.Array, Thread]:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2.
 
@@ -48,7 +46,7 @@ def mlp_block(
     names = ("up", "gate", "down")
     with jax.named_scope("mlp"):
         weights, pairs = tuple(w[name] for name in names), tuple(lora.get(name) for name in names)
-        return mode.mlp(x, weights, pairs, thread)
+        return mode.mlp(xs, weights, pairs, thread)
 
 
 def project_qkv(x, w, lora, angles, logn, thread, mode=PLAIN):
@@ -198,14 +196,13 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
     thread = Thread(baton=jnp.zeros(()), kept=kept)
-    y = rms_norm(x, w["ln_1"], cfg.norm_eps)
+    x, (y,) = mode.norm(x, None, w["ln_1"], cfg.norm_eps)
     q, k, v, thread = project_qkv(y, w["attn"], low_attn, angles, logn, thread, mode)
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v, thread.kept)
     y, thread = project_out(y, w["attn"], low_attn, thread.replace(kept=kept), mode)
-    x = x + y
-    y = rms_norm(x, w["ln_2"], cfg.norm_eps)
-    y, thread = mlp_block(y, w["mlp"], low_mlp, thread, mode)
+    x, ys = mode.norm(x, y, w["ln_2"], cfg.norm_eps, readers=2)
+    y, thread = mlp_block(ys, w["mlp"], low_mlp, thread, mode)
     return x + y, thread.kept
 
 

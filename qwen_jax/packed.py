@@ -26,7 +26,8 @@ from qwen_jax.kernels.decode_attention import decode_attention
 from qwen_jax.kernels.decode_matmul import MAX_ROWS, decode_matmul, decode_parts
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.kernels.residual_norm import residual_norm
-from qwen_jax.model import Params, embed, rms_norm
+from qwen_jax.kernels.rms_norm import rms_norm
+from qwen_jax.model import Params, embed
 from qwen_jax.packed_params import (
     check_mesh,
     check_packing,

@@ -12,6 +12,7 @@ from qwen_jax.kernels import _pallas_decode_attention as attention_body
 from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
 from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
+from qwen_jax.kernels import _pallas_rms_norm as norm_gradient_body
 from qwen_jax.kernels import _pallas_swiglu as swiglu_body
 from qwen_jax.kernels import _pallas_unpack as unpack_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
@@ -19,6 +20,7 @@ from qwen_jax.kernels.decode_attention import decode_attention_xla
 from qwen_jax.kernels.packing import pack, pack_layer
 from qwen_jax.kernels.quantize_rows import quantize_rows_xla
 from qwen_jax.kernels.residual_norm import residual_norm_xla
+from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.kernels.swiglu import swiglu_gradient_xla
 from qwen_jax.kernels.unpack import unpack
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
@@ -256,6 +258,29 @@ def test_gradient_of_swiglu(monkeypatch, M, F, R):
     # Both round a sum to 8 bits, or an operand of it one step apart.
     for a, b in zip(ours, jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 2**-8
+
+
+@pytest.mark.parametrize(("D", "added", "readers"), [(1024, False, 1), (6144, True, 2)])
+def test_gradient_of_rms_norm(monkeypatch, D, added, readers):
+    M, eps = 3, 1e-6
+    names = ["x", *(["y"] if added else []), "of_total", *["of_norm"] * readers]
+    inputs = [normal(i, (M, D), jnp.bfloat16) for i in range(len(names))]
+    weight = normal(9, (D,), jnp.bfloat16)
+    wide = [jnp.asarray(x, jnp.float32) for x in inputs]
+    of_total, *of_norms = wide[1 + added :]
+    total = jnp.asarray(sum(inputs[: 1 + added])).astype(jnp.float32)  # rounded, as x + y is
+    _, pullback = jax.vjp(lambda x: rms_norm(x, jnp.asarray(weight, jnp.float32), eps), total)
+    want = of_total + pullback(sum(of_norms))[0]
+
+    body = norm_gradient_body.Body(
+        D=D, values=norm_gradient_body.check(D), eps=eps, added=added, readers=readers
+    )
+    launch = Launch(M, body.threads, 8 * body.threads // 32)
+    refs = [launch.array(x) for x in (*inputs, weight)]
+    out = launch.array(np.full((M, D), np.nan, BF16))
+    with interpreted(launch, monkeypatch, norm_gradient_body):
+        body(None, *refs, out, ("shared", 0))
+    assert relative_error(launch.read(out).astype(np.float32), want) < 2**-8
 
 
 def test_reads_outside_an_array_are_seen(monkeypatch):

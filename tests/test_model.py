@@ -18,6 +18,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from qwen_jax import model
 from qwen_jax.cache import init_cache
 from qwen_jax.errors import InputError
+from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.layer_loop import Thread
 from qwen_jax.positions import rope, rope_angles
 
@@ -43,7 +44,7 @@ def test_rms_norm_matches_torch():
     x = np.random.default_rng(0).standard_normal((2, 7, 64)).astype(np.float32) * 3
     reference = modeling_qwen2.Qwen2RMSNorm(64, eps=cfg.norm_eps)
     reference.weight.data = torch.linspace(0.5, 1.5, 64)
-    ours = model.rms_norm(jnp.asarray(x), jnp.asarray(reference.weight.detach().numpy()), 1e-6)
+    ours = rms_norm(jnp.asarray(x), jnp.asarray(reference.weight.detach().numpy()), 1e-6)
     np.testing.assert_allclose(ours, reference(torch.tensor(x)).detach().numpy(), atol=1e-6)
 
 
@@ -53,7 +54,7 @@ def test_rms_norm_in_bfloat16_rounds_where_torch_does():
     reference = modeling_qwen2.Qwen2RMSNorm(64, eps=1e-6).to(torch.bfloat16)
     reference.weight.data = torch.tensor(weight).bfloat16()
     theirs = reference(torch.tensor(x).bfloat16()).float().detach().numpy()
-    ours = model.rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16), 1e-6)
+    ours = rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.bfloat16), 1e-6)
     assert (np.asarray(ours, np.float32) == theirs).mean() > 0.99  # an ulp of rsqrt may round away
 
 
@@ -76,7 +77,8 @@ def test_mlp_order_is_w1_times_silu_w2():
     x = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
     reference = qwen2_model(cfg, w).model.layers[1].mlp
     layer = jax.tree.map(lambda leaf: leaf[1], params["layers"]["mlp"])
-    ours, _ = model.mlp_block(jnp.asarray(x), layer, {}, Thread(baton=jnp.zeros(()), kept=None))
+    thread = Thread(baton=jnp.zeros(()), kept=None)
+    ours, _ = model.mlp_block((jnp.asarray(x),) * 2, layer, {}, thread)
     np.testing.assert_allclose(ours, reference(torch.tensor(x)).detach().numpy(), atol=1e-5)
 
 

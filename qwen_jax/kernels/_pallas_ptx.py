@@ -159,6 +159,10 @@ def inverse(a: Value) -> Value:
     return asm("rcp.approx.ftz.f32 $0, $1;", [a], [f32()], pure=True)
 
 
+def inverse_root(a: Value) -> Value:
+    return asm("rsqrt.approx.ftz.f32 $0, $1;", [a], [f32()], pure=True)
+
+
 def turn_8x8(word: Value) -> Value:
     """A piece [8, 8] of 16-bit values, of which lane l has row l / 4 and there the pair l mod 4,
     transposed.

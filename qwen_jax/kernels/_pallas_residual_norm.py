@@ -79,8 +79,7 @@ class _Body:
             square = ptx.fma(value, value, square)
         total = self._sum(square, thread, lane, warp, smem)
         mean = arith.divf(total, ptx.real(float(self.D)))
-        text = "rsqrt.approx.ftz.f32 $0, $1;"
-        scale = ptx.asm(text, [arith.addf(mean, ptx.real(self.eps))], [ptx.f32()], pure=True)
+        scale = ptx.inverse_root(arith.addf(mean, ptx.real(self.eps)))
         normed = [ptx.rounded(arith.mulf(value, scale)) for value in new]
         normed = [arith.mulf(value, w) for value, w in zip(normed, weight, strict=True)]
         for ref, values in ((sum_ref, new), (norm_ref, normed)):

@@ -34,18 +34,19 @@ class Known:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def lora_mlp(
-    x: jax.Array,  # [B, T, D]
+    xs: tuple[jax.Array, jax.Array],  # [B, T, D]: the same for up and for gate
     weights: tuple[Weight, Weight, Weight],  # up [F, D], gate [F, D], down [D, F]
     pairs: tuple[Pair | None, ...],  # of them
     baton: jax.Array,  # float32 []
     compute: str = "bf16",
     known: Known | None = None,  # then the result is not computed either, but zeros
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, D], the baton
-    """The weights get no gradient."""
-    return _forward(x, weights, pairs, baton, compute, known)[0]
+    """The weights get no gradient; x gets two, to be added by whoever reads them."""
+    return _forward(xs, weights, pairs, baton, compute, known)[0]
 
 
-def _forward(x, weights, pairs, baton, compute: str, known: Known | None):
+def _forward(xs, weights, pairs, baton, compute: str, known: Known | None):
+    x = xs[0]
     if known is not None:
         up, gate, lows = known.up, known.gate, known.lows
         return (jax.numpy.zeros_like(x), baton), (x, weights, pairs, up, gate, lows, (None,) * 3)
@@ -70,18 +71,18 @@ def _backward(compute: str, residuals: Any, given: tuple[jax.Array, jax.Array]):
     )
     slopes = [made.up_slope, made.gate_slope]
     slopes = [None if s is None else s.reshape(*x.shape[:-1], -1) for s in slopes]
-    total = None
-    for g, i in ((made.up, 0), (made.gate, 1)):
+    parts = []
+    for i, g in enumerate((made.up, made.gate)):
         g = g.reshape(*x.shape[:-1], -1)
         part, baton = gradient(g, weights[i], slopes[i], pairs[i], baton, compute, denses[i])
-        total = part if total is None else total + part
+        parts.append(part)
     up_a, gate_a = narrow_gradients(x, slopes)
     pair_gradients = (
         None if of_up is None else {"a": up_a, "b": made.up_b},
         None if of_gate is None else {"a": gate_a, "b": made.gate_b},
         None if of_down is None else {"a": made.down_a, "b": down_b},
     )
-    return total, None, pair_gradients, baton, None
+    return tuple(parts), None, pair_gradients, baton, None
 
 
 lora_mlp.defvjp(_forward, _backward)
