@@ -48,11 +48,11 @@ class Plain:
     """Computes, and keeps nothing."""
 
     compute: str = "bf16"  # "fp8": products with frozen weights in e4m3
-    alone: bool = True  # on one device, so that kernels may run
+    place: Layer | None = None  # where the layer's input lies, on one device
 
     def norm(self, x, y, weight, eps: float, readers: int = 1):
         """x (+ y) and its norm for each of the readers: kernels/rms_norm.py."""
-        return residual_rms_norm(x, y, weight, eps, readers=readers, alone=self.alone)
+        return residual_rms_norm(x, y, weight, eps, readers=readers, place=self.place)
 
     def multiply(self, names, x, weights, pairs, thread: Thread):
         """Products of x with weights, whose results have these names: ys and the thread."""
@@ -177,6 +177,10 @@ class Run:
     def count(self) -> int:
         return self.stop - self.start
 
+    def place(self, inputs: jax.Array, index: jax.Array) -> Layer | None:
+        """Where kernels find the input of a layer."""
+        return Layer(stack=inputs, index=index) if self.alone else None
+
 
 def run_layers(
     run: Run,
@@ -195,7 +199,7 @@ def run_layers(
 
 
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
-    mode = Plain(compute=run.compute, alone=run.alone)
+    mode = Plain(compute=run.compute)
 
     def body(x, per_layer):
         index, low = per_layer
@@ -211,7 +215,7 @@ def _run_again(run: Run, x, low, frozen):
 
 
 def _forward(run: Run, x, low, frozen):
-    mode = Keeping(names=SAVED[run.level], compute=run.compute, alone=run.alone)
+    mode = Keeping(names=SAVED[run.level], compute=run.compute)
 
     def shapes(low):
         first = jax.tree.map(lambda stack: stack[0], low)
@@ -227,7 +231,7 @@ def _forward(run: Run, x, low, frozen):
         # x is not carried by itself: it would be copied from there to its place.
         inputs, kept = carry
         index, low = per_layer
-        own = dataclasses.replace(mode, index=index)
+        own = dataclasses.replace(mode, index=index, place=run.place(inputs, index))
         x, kept = run.layer(own, inputs[index], run.start + index, low, frozen, kept)
         return (inputs.at[index + 1].set(x), kept), None
 
@@ -237,14 +241,15 @@ def _forward(run: Run, x, low, frozen):
 
 def _backward(run: Run, residuals, gradient):
     inputs, kept, low, frozen = residuals
-    mode = Recalling(compute=run.compute, alone=run.alone)
+    mode = Recalling(compute=run.compute)
 
     def body(gradient, per_layer):
         index, low = per_layer
         own = jax.tree.map(lambda stack: Layer(stack=stack, index=index), kept)
 
         def again(x, low):
-            return run.layer(mode, x, run.start + index, low, frozen, own)[0]
+            own_mode = dataclasses.replace(mode, place=run.place(inputs, index))
+            return run.layer(own_mode, x, run.start + index, low, frozen, own)[0]
 
         with jax.named_scope("again"):
             _, pullback = jax.vjp(again, inputs[index], low)

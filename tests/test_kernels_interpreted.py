@@ -9,10 +9,11 @@ from tiny import random_stack
 
 from qwen_jax.kernels import _pallas_append_tokens as append_body
 from qwen_jax.kernels import _pallas_decode_attention as attention_body
+from qwen_jax.kernels import _pallas_ptx as ptx
 from qwen_jax.kernels import _pallas_qmatmul as qmatmul_body
 from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
-from qwen_jax.kernels import _pallas_rms_norm as norm_gradient_body
+from qwen_jax.kernels import _pallas_rms_norm as training_norm
 from qwen_jax.kernels import _pallas_swiglu as swiglu_body
 from qwen_jax.kernels import _pallas_unpack as unpack_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
@@ -261,7 +262,8 @@ def test_gradient_of_swiglu(monkeypatch, M, F, R):
 
 
 @pytest.mark.parametrize(("D", "added", "readers"), [(1024, False, 1), (6144, True, 2)])
-def test_gradient_of_rms_norm(monkeypatch, D, added, readers):
+def test_rms_norm_and_its_gradient(monkeypatch, D, added, readers):
+    """Layer 1 of two."""
     M, eps = 3, 1e-6
     names = ["x", *(["y"] if added else []), "of_total", *["of_norm"] * readers]
     inputs = [normal(i, (M, D), jnp.bfloat16) for i in range(len(names))]
@@ -271,21 +273,25 @@ def test_gradient_of_rms_norm(monkeypatch, D, added, readers):
     total = jnp.asarray(sum(inputs[: 1 + added])).astype(jnp.float32)  # rounded, as x + y is
     _, pullback = jax.vjp(lambda x: rms_norm(x, jnp.asarray(weight, jnp.float32), eps), total)
     want = of_total + pullback(sum(of_norms))[0]
+    shape = {"D": D, "values": training_norm.check(D), "eps": eps, "added": added}
 
-    body = norm_gradient_body.Body(
-        D=D, values=norm_gradient_body.check(D), eps=eps, added=added, readers=readers
-    )
-    launch = Launch(M, body.threads, 8 * body.threads // 32)
-    refs = [launch.array(x) for x in (*inputs, weight)]
-    out = launch.array(np.full((M, D), np.nan, BF16))
-    with interpreted(launch, monkeypatch, norm_gradient_body):
-        body(None, *refs, out, ("shared", 0))
-    assert relative_error(launch.read(out).astype(np.float32), want) < 2**-8
+    def run(body, arrays):
+        launch = Launch(M, body.threads, 8 * body.threads // 32)
+        stack = np.stack([np.full((M, D), np.nan, BF16), arrays[0]])
+        refs = [launch.array(x) for x in (np.array([1], np.int32), stack, *arrays[1:], weight)]
+        out = launch.array(np.full((M, D), np.nan, BF16))
+        with interpreted(launch, monkeypatch, training_norm):
+            body(None, *refs, out, ("shared", 0))
+        return launch.read(out).astype(np.float32)
+
+    norm = run(training_norm.Norm(**shape), inputs[: 1 + added])
+    exact = rms_norm(jnp.asarray(total, jnp.bfloat16), jnp.asarray(weight), eps)
+    assert (norm == np.asarray(exact, np.float32)).mean() > 0.99  # an ulp of rsqrt may round away
+    gradient = run(training_norm.Gradient(**shape, readers=readers), inputs)
+    assert relative_error(gradient, want) < 2**-8
 
 
 def test_reads_outside_an_array_are_seen(monkeypatch):
-    from qwen_jax.kernels import _pallas_ptx as ptx
-
     launch = Launch(1, 32, 0)
     ref = launch.array(np.zeros(31, np.float32))
     with interpreted(launch, monkeypatch):

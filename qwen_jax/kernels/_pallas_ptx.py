@@ -230,6 +230,11 @@ def block() -> Value:
     return arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x))
 
 
+def blocks() -> Value:
+    """How many there are."""
+    return arith.index_cast(i32(), gpu.grid_dim(gpu.Dimension.x))
+
+
 def barrier() -> None:
     """Waits for all threads of the block."""
     gpu.barrier()

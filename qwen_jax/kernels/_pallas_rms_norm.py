@@ -1,5 +1,5 @@
-"""Mosaic GPU body of the gradient of residual addition and RMS norm: a thread block has one row, in
-registers from the two sums over it to the result.
+"""Mosaic GPU bodies of residual addition and RMS norm, and of their gradient: a thread block has
+one row, in registers from the sums over it to the result.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from jaxlib.mlir.dialects import arith
 
 from qwen_jax.kernels import _pallas_ptx as ptx
 from qwen_jax.kernels._pallas_codes import bfloat16s
+from qwen_jax.quant import Layer
 
 _MOST_THREADS = 640
 
@@ -23,18 +24,35 @@ def check(D: int) -> int:
     raise NotImplementedError(f"rows of {D}: expected a multiple of 1024, up to 10240")
 
 
+def norm(
+    x: Layer,  # bfloat16 stack [L, M, D]
+    y: jax.Array | None,  # bfloat16 [M, D], to be added first
+    weight: jax.Array,  # bfloat16 [D]
+    eps: float,
+) -> jax.Array:  # bfloat16 [M, D]
+    """Rounds where rms_norm of x + y does."""
+    _, D = x.shape
+    return _call(Norm(D=D, values=check(D), eps=eps, added=y is not None), x, y, weight)
+
+
 def gradient(
-    x: jax.Array,  # bfloat16 [M, D]
-    y: jax.Array | None,  # the same: the norm was that of x + y
+    x: Layer,  # bfloat16 stack [L, M, D]
+    y: jax.Array | None,  # bfloat16 [M, D]: the norm was that of x + y
     of_total: jax.Array,  # bfloat16 [M, D]: gradient of x + y, but for that of the norm
     of_norms: tuple[jax.Array, ...],  # bfloat16 [M, D]: gradient of the norm is their sum
     weight: jax.Array,  # bfloat16 [D]
     eps: float,
 ) -> jax.Array:  # bfloat16 [M, D]
     """Gradient of x, which is that of y."""
+    _, D = x.shape
+    body = Gradient(
+        D=D, values=check(D), eps=eps, added=y is not None, readers=len(of_norms)
+    )  # fmt: skip
+    return _call(body, x, y, of_total, *of_norms, weight)
+
+
+def _call(body: "Norm", x: Layer, *others: jax.Array | None) -> jax.Array:
     M, D = x.shape
-    values = check(D)
-    body = Body(D=D, values=values, eps=eps, added=y is not None, readers=len(of_norms))
     run = plgpu.kernel(
         ptx.of_threads(body),
         out_type=jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
@@ -45,54 +63,62 @@ def gradient(
         scratch_types=[plgpu.SMEM((2 * body.threads // 32,), jnp.float32)],
         compiler_params=ptx.LANE,
     )
-    return run(*(a for a in (x, y, of_total, *of_norms, weight) if a is not None))
+    index = jnp.asarray(x.index, jnp.int32).reshape(1)
+    return run(index, x.stack, *(a for a in others if a is not None))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Body:
+class Norm:
     """Builds the code of one thread."""
 
     D: int
     values: int  # of a thread
     eps: float
     added: bool  # x comes in two parts
-    readers: int  # the gradient of the norm in so many
 
     @property
     def threads(self) -> int:
         return self.D // self.values
 
     def __call__(self, ctx, *refs) -> None:
-        *inputs, weight_ref, out_ref, smem = refs
+        *refs, out_ref, smem = refs
         thread, lane, warp = ptx.thread()
-        column = ptx.mul(ptx.wide(thread), 16)
-        row = ptx.add(ptx.mul(ptx.wide(ptx.block()), self.D * 2), column)
-        loaded = [self._load(ptx.add(ptx.address(ref), row)) for ref in inputs]
-        weight = _floats(self._load(ptx.add(ptx.address(weight_ref), column)))
-        x, *others = map(_floats, loaded)
-        if self.added:
-            y, *others = others
-            x = [ptx.rounded(arith.addf(a, b)) for a, b in zip(x, y, strict=True)]
-        of_total, g, *more = others
-        for part in more:
-            g = [arith.addf(a, b) for a, b in zip(g, part, strict=True)]
-        g = [arith.mulf(a, b) for a, b in zip(g, weight, strict=True)]
-
-        squares, dots = ptx.real(0.0), ptx.real(0.0)
-        for a, b in zip(x, g, strict=True):
-            squares, dots = ptx.fma(a, a, squares), ptx.fma(a, b, dots)
-        squares, dots = self._sums([squares, dots], lane, warp, smem)
-        mean = arith.mulf(squares, ptx.real(1 / self.D))
-        scale = ptx.inverse_root(arith.addf(mean, ptx.real(self.eps)))
-        # scale (g - n mean(g n)) for n = scale x
-        share = arith.mulf(arith.mulf(scale, scale), arith.mulf(dots, ptx.real(-1 / self.D)))
-        result = []
-        for a, b, rest in zip(x, g, of_total, strict=True):
-            result.append(ptx.fma(scale, ptx.fma(a, share, b), rest))
+        row, inputs = self._row(thread), self._inputs(refs, thread)
+        results = self._results(*inputs, lambda sums: self._sums(sums, lane, warp, smem))
         out = ptx.add(ptx.address(out_ref), row)
         for i in range(0, self.values, 8):
             text = f"st.global.v4.u32 [$0+{i // 8 * self.threads * 16}], {{$1,$2,$3,$4}};"
-            ptx.asm(text, [out, *bfloat16s(result[i : i + 8])])
+            ptx.asm(text, [out, *bfloat16s(results[i : i + 8])])
+
+    def _results(self, x, weight, sums) -> list[ptx.Value]:
+        (squares,) = sums([_dot(x, x)])
+        scale = self._scale(squares)
+        normed = [ptx.rounded(arith.mulf(a, scale)) for a in x]
+        return [arith.mulf(a, b) for a, b in zip(normed, weight, strict=True)]
+
+    def _scale(self, squares) -> ptx.Value:
+        mean = arith.mulf(squares, ptx.real(1 / self.D))
+        return ptx.inverse_root(arith.addf(mean, ptx.real(self.eps)))
+
+    def _row(self, thread) -> ptx.Value:
+        """Bytes from the start of an array [M, D] to the first values of a thread."""
+        row = ptx.mul(ptx.wide(ptx.block()), self.D * 2)
+        return ptx.add(row, ptx.mul(ptx.wide(thread), 16))
+
+    def _inputs(self, refs, thread) -> list[list[ptx.Value]]:
+        """x + y, what else there is, and the weight, in float32."""
+        index_ref, stack_ref, *others, weight_ref = refs
+        row, column = self._row(thread), ptx.mul(ptx.wide(thread), 16)
+        layer = ptx.wide(ptx.load_word(ptx.address(index_ref)))
+        rows = ptx.mul(ptx.wide(ptx.blocks()), self.D * 2)
+        stack = ptx.add(ptx.address(stack_ref), ptx.mul(layer, rows))
+        sources = [ptx.add(base, row) for base in (stack, *map(ptx.address, others))]
+        sources.append(ptx.add(ptx.address(weight_ref), column))
+        x, *loaded = [_floats(words) for words in map(self._load, sources)]
+        if self.added:
+            y, *loaded = loaded
+            x = [ptx.rounded(arith.addf(a, b)) for a, b in zip(x, y, strict=True)]
+        return [x, *loaded]
 
     def _load(self, at) -> list[ptx.Value]:
         """Words of this thread's values: eight neighbours, and eight further on in the row."""
@@ -111,11 +137,38 @@ class Body:
         ptx.barrier()
         for i in range(len(values)):
             ats = [ptx.add(base, 4 * (i * warps + other)) for other in range(warps)]
-            sums.append(
-                ptx.total([ptx.asm("ld.shared.f32 $0, [$1];", [at], [ptx.f32()]) for at in ats])
-            )
+            parts = [ptx.asm("ld.shared.f32 $0, [$1];", [at], [ptx.f32()]) for at in ats]
+            sums.append(ptx.total(parts))
         return sums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradient(Norm):
+    """The same, of the gradient."""
+
+    readers: int  # the gradient of the norm comes in so many parts
+
+    def _results(self, x, of_total, g, *others) -> list[ptx.Value]:
+        *more, weight, sums = others
+        for part in more:
+            g = [arith.addf(a, b) for a, b in zip(g, part, strict=True)]
+        g = [arith.mulf(a, b) for a, b in zip(g, weight, strict=True)]
+        squares, dots = sums([_dot(x, x), _dot(x, g)])
+        scale = self._scale(squares)
+        # scale (g - n mean(g n)) for n = scale x
+        share = arith.mulf(arith.mulf(scale, scale), arith.mulf(dots, ptx.real(-1 / self.D)))
+        return [
+            ptx.fma(scale, ptx.fma(a, share, b), rest)
+            for a, b, rest in zip(x, g, of_total, strict=True)
+        ]
 
 
 def _floats(words: list[ptx.Value]) -> list[ptx.Value]:
     return [value for word in words for value in ptx.bfloats(word)]
+
+
+def _dot(x: list[ptx.Value], y: list[ptx.Value]) -> ptx.Value:
+    total = ptx.real(0.0)
+    for a, b in zip(x, y, strict=True):
+        total = ptx.fma(a, b, total)
+    return total

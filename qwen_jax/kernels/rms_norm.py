@@ -1,9 +1,10 @@
-"""RMS norm behind a residual addition, as training differentiates it.
+"""RMS norm behind a residual addition, as training computes and differentiates it.
 
     x + y -> its norm, times a weight
 
-The gradient reads every row once: XLA reads it for two sums, and again for what follows from them.
-The kernel serves one Hopper card. Its forward pass is left to XLA, which needs one pass for it.
+The kernels serve one Hopper card. They read a row once: for a gradient XLA reads it for two sums,
+and again for what follows from them. And they read x where it is kept, in a stack of all layers:
+XLA's norm wants a copy of it.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.hopper import on_hopper, say_once
+from qwen_jax.quant import Layer
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -28,43 +30,52 @@ def residual_rms_norm(
     eps: float,
     *,
     readers: int = 1,
-    alone: bool = True,  # on one device, so that the kernel may run
+    place: Layer | None = None,  # where x lies, on one device: there the kernels may read it
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:  # x + y; its norm, for each of the readers
     """Whoever reads the norm gets its own, so that their gradients are added where they are read:
     left to themselves, they are added in a pass over memory before that.
     """
-    if alone and _kernel_serves(x):
-        return _with_kernel(x, y, weight, eps, readers)
-    return _plain(x, y, weight, eps, readers)
-
-
-def _plain(x, y, weight, eps: float, readers: int):
+    if place is not None and _kernels_serve(x):
+        return _with_kernels(x, y, weight, eps, readers, place)
     total = x if y is None else x + y
     return total, (rms_norm(total, weight, eps),) * readers
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _with_kernel(x, y, weight, eps: float, readers: int):
-    return _plain(x, y, weight, eps, readers)
+def _with_kernels(x, y, weight, eps: float, readers: int, place: Layer):
+    from qwen_jax.kernels import _pallas_rms_norm
+
+    total = x if y is None else x + y
+    norm = _pallas_rms_norm.norm(_flat(place), _flat(y), weight, eps).reshape(x.shape)
+    return total, (norm,) * readers
 
 
-def _forward(x, y, weight, eps: float, readers: int):
-    return _plain(x, y, weight, eps, readers), (x, y, weight)
+def _forward(x, y, weight, eps: float, readers: int, place: Layer):
+    return _with_kernels(x, y, weight, eps, readers, place), (y, weight, place)
 
 
 def _backward(eps: float, readers: int, residuals, gradients):
     from qwen_jax.kernels import _pallas_rms_norm
 
-    x, y, weight = residuals
-    flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, y, *gradients))
-    gradient = _pallas_rms_norm.gradient(*flat, weight, eps).reshape(x.shape)
-    return gradient, None if y is None else gradient, None
+    y, weight, place = residuals
+    of_total, of_norms = gradients
+    gradient = _pallas_rms_norm.gradient(
+        _flat(place), _flat(y), _flat(of_total), tuple(map(_flat, of_norms)), weight, eps
+    ).reshape(of_total.shape)
+    return gradient, None if y is None else gradient, None, None
 
 
-_with_kernel.defvjp(_forward, _backward)
+_with_kernels.defvjp(_forward, _backward)
 
 
-def _kernel_serves(x: jax.Array) -> bool:
+def _flat(x: jax.Array | Layer | None) -> jax.Array | Layer | None:
+    """[..., D] -> [M, D]"""
+    if isinstance(x, Layer):
+        return x.replace(stack=x.stack.reshape(len(x.stack), -1, x.stack.shape[-1]))
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _kernels_serve(x: jax.Array) -> bool:
     from qwen_jax.kernels import _pallas_rms_norm
 
     if not on_hopper(x.dtype):
@@ -72,7 +83,7 @@ def _kernel_serves(x: jax.Array) -> bool:
     try:
         _pallas_rms_norm.check(x.shape[-1])
     except NotImplementedError as e:
-        say_once(f"the gradient of rms_norm runs on xla ({e})")
+        say_once(f"rms_norm in training runs on xla ({e})")
         return False
-    say_once("the gradient of rms_norm runs on mosaic")
+    say_once("rms_norm in training runs on mosaic")
     return True
