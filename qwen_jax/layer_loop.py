@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
+from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.lora_matmul import lora_matmul, products, written
 from qwen_jax.kernels.lora_mlp import Known, lora_mlp
 from qwen_jax.kernels.rms_norm import residual_rms_norm
@@ -221,8 +222,10 @@ def _forward(run: Run, x, low, frozen):
         first = jax.tree.map(lambda stack: stack[0], low)
         return run.layer(mode, x, jnp.int32(run.start), first, frozen, {})[1]
 
+    kernels = run.alone and on_hopper(x.dtype)
+
     def stack_of(value, count: int = run.count):
-        return unfilled((count, *value.shape), value.dtype, kernels=run.alone)
+        return unfilled((count, *value.shape), value.dtype, kernels=kernels)
 
     kept = jax.tree.map(stack_of, jax.eval_shape(shapes, low))
     inputs = stack_of(x, run.count + 1).at[0].set(x)

@@ -286,8 +286,8 @@ class Launch:
 def interpreted(launch: Launch, monkeypatch, *modules):
     """Inside, bodies of `modules` run on `launch` when they are called."""
     with monkeypatch.context() as patch:
-        for name in ("const", "real", "add", "mul", "less", "address", "thread", "block", "blocks", "when",
-                     "loop", "swap", "asm"):  # fmt: skip
+        for name in ("const", "real", "add", "mul", "less", "address", "thread", "block", "blocks",
+                     "when", "loop", "swap", "asm"):  # fmt: skip
             patch.setattr(ptx, name, getattr(launch, name))
         patch.setattr(ptx, "wide", lambda a: a.astype(U64))
         patch.setattr(ptx, "barrier", lambda: None)

@@ -32,7 +32,7 @@ def relative_error(a, b) -> float:
 def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
     # Wide enough for the kernels: 4-bit weights of whole tiles, heads of 128.
     cfg = tiny_config(
-        vocab_size=512, hidden_size=512, num_layers=2, num_heads=4, head_dim=128, ffn_size=1024
+        vocab_size=512, hidden_size=1024, num_layers=2, num_heads=8, head_dim=128, ffn_size=1024
     )
     rng = np.random.default_rng(0)
     lora = jax.tree.map(
