@@ -49,6 +49,7 @@ class Plain:
     """Computes, and keeps nothing."""
 
     compute: str = "bf16"  # "fp8": products with frozen weights in e4m3
+    lean: bool = False  # dequantizes once more for gradients, rather than hold a layer's weights
     place: Layer | None = None  # where the layer's input lies, on one device
 
     def norm(self, x, y, weight, eps: float, readers: int = 1):
@@ -57,12 +58,12 @@ class Plain:
 
     def multiply(self, names, x, weights, pairs, thread: Thread):
         """Products of x with weights, whose results have these names: ys and the thread."""
-        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute)
+        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, self.lean)
         return ys, thread.replace(baton=baton)
 
     def mlp(self, xs, weights, pairs, thread: Thread):
         """down(up(x) * silu(gate(x))) for the weights up, gate and down: y and the thread."""
-        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute)
+        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute, self.lean)
         return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -134,7 +135,7 @@ class Recalling(Plain):
         if _low(names) in thread.kept:
             ys = tuple(thread.kept[name].cut() for name in names)
             known = (ys, _cut(thread.kept[_low(names)]))
-        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, known)
+        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, self.lean, known)
         return ys, thread.replace(baton=baton)
 
     def mlp(self, xs, weights, pairs, thread: Thread):
@@ -143,7 +144,7 @@ class Recalling(Plain):
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
             known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
-        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute, known)
+        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute, self.lean, known)
         return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -173,6 +174,7 @@ class Run:
     level: str = "full"  # of remat.LEVELS
     compute: str = "bf16"
     alone: bool = True  # on one device, so that kernels may run
+    lean: bool = False  # of Plain
 
     @property
     def count(self) -> int:
@@ -244,7 +246,7 @@ def _forward(run: Run, x, low, frozen):
 
 def _backward(run: Run, residuals, gradient):
     inputs, kept, low, frozen = residuals
-    mode = Recalling(compute=run.compute)
+    mode = Recalling(compute=run.compute, lean=run.lean)
 
     def body(gradient, per_layer):
         index, low = per_layer

@@ -248,7 +248,8 @@ def hidden_states(
     for start, stop, level in [(0, cfg.num_layers, "full")] if remat is None else remat.ranges():
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
         run = Run(
-            layer=layer, start=start, stop=stop, level=level, compute=compute, alone=alone
+            layer=layer, start=start, stop=stop, level=level, compute=compute, alone=alone,
+            lean=remat is not None and remat.lean,
         )  # fmt: skip
         x = run_layers(run, x, low, frozen)
     return rms_norm(x, params["ln_f"], cfg.norm_eps)

@@ -62,6 +62,11 @@ class Remat:
             return self.runs[0][1]
         return ",".join(f"{level}:{count}" for count, level in self.runs)
 
+    @property
+    def lean(self) -> bool:
+        """Whether memory is all that counts: then not even a layer's weights are held in bf16."""
+        return all(level == "full" for _, level in self.runs)
+
     def ranges(self) -> list[tuple[int, int, str]]:
         """(first layer, layer after the last, level) of each run."""
         out, start = [], 0

@@ -69,12 +69,12 @@ def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute, limit
     monkeypatch.setattr(lora_products, "_fused", lambda *_: True)
     monkeypatch.setattr(_pallas_gemm, "gemm", gemm)
 
-    def run(baton, gradient_of_baton, recalled=False):
+    def run(baton, gradient_of_baton, recalled=False, lean=False):
         made = lora_products.products(jnp.asarray(x), weights, pairs, zero, compute)
         kept = (made.ys, made.lows) if recalled else None
 
         def products(x, pairs, baton):
-            return lora_matmul(x, weights, pairs, baton, compute, kept)
+            return lora_matmul(x, weights, pairs, baton, compute, lean, kept)
 
         (ys, passed_on), pullback = jax.vjp(products, jnp.asarray(x), pairs, baton)
         dx, gradients, baton = pullback((tuple(map(jnp.asarray, gs)), gradient_of_baton))
@@ -104,6 +104,9 @@ def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute, limit
     check(ours, (0, 1), (0, 1))
     ours, *_ = run(one, one)
     check(ours, (1, 1), (1, 1))
+    ours, *batons = run(zero, zero, lean=True)  # nor is that held
+    assert batons == [1, 1]
+    check(ours, (0, 1), (0, 1))
     ours, *batons = run(zero, zero, recalled=True)  # and those that were not computed here
     assert batons == [0, 1]
     check(ours, (0, 1), (0, 1))

@@ -51,28 +51,30 @@ class Products:
     dense: tuple[jax.Array | None, ...]  # weights [*O, I] as the kernel read them: for gradients
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def lora_matmul(
     x: jax.Array,  # [..., I]
     weights: tuple[Weight, ...],  # each [*O, I]
     pairs: tuple[Pair | None, ...],  # None: this weight has no low-rank correction
     baton: jax.Array,  # float32 []: that of the products before, or a zero
     compute: str = "bf16",  # or "fp8" for the products with the frozen weights
+    lean: bool = False,  # dequantizes once more for gradients, rather than hold the weights
     kept: tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]] | None = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:  # each [..., *O]; the baton
     """All products; the weights get no gradient. `kept`: ys and lows that were computed before."""
-    return _forward(x, weights, pairs, baton, compute, kept)[0]
+    return _forward(x, weights, pairs, baton, compute, lean, kept)[0]
 
 
-def _forward(x, weights, pairs, baton, compute: str, kept):
+def _forward(x, weights, pairs, baton, compute: str, lean: bool, kept):
     if kept is None:
         made = products(x, weights, pairs, baton, compute)
     else:
         made = Products(ys=kept[0], lows=kept[1], baton=baton, dense=(None,) * len(weights))
-    return (made.ys, made.baton), (x, weights, pairs, made.lows, made.dense)
+    dense = (None,) * len(weights) if lean else made.dense
+    return (made.ys, made.baton), (x, weights, pairs, made.lows, dense)
 
 
-def _backward(compute: str, residuals, given: tuple[tuple[jax.Array, ...], jax.Array]):
+def _backward(compute: str, lean: bool, residuals, given: tuple[tuple[jax.Array, ...], jax.Array]):
     x, weights, pairs, lows, denses = residuals
     gs, baton = given  # each [..., *O]
     total, pair_gradients, slopes = None, [], []

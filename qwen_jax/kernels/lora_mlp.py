@@ -32,20 +32,21 @@ class Known:
     lows: tuple[jax.Array | None, ...]  # [B, T, R], narrow products of up, gate and down
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def lora_mlp(
     xs: tuple[jax.Array, jax.Array],  # [B, T, D]: the same for up and for gate
     weights: tuple[Weight, Weight, Weight],  # up [F, D], gate [F, D], down [D, F]
     pairs: tuple[Pair | None, ...],  # of them
     baton: jax.Array,  # float32 []
     compute: str = "bf16",
+    lean: bool = False,
     known: Known | None = None,  # then the result is not computed either, but zeros
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, D], the baton
     """The weights get no gradient; x gets two, to be added by whoever reads them."""
-    return _forward(xs, weights, pairs, baton, compute, known)[0]
+    return _forward(xs, weights, pairs, baton, compute, lean, known)[0]
 
 
-def _forward(xs, weights, pairs, baton, compute: str, known: Known | None):
+def _forward(xs, weights, pairs, baton, compute: str, lean: bool, known: Known | None):
     x = xs[0]
     if known is not None:
         up, gate, lows = known.up, known.gate, known.lows
@@ -53,11 +54,12 @@ def _forward(xs, weights, pairs, baton, compute: str, known: Known | None):
     first = products(x, weights[:2], pairs[:2], baton, compute)
     up, gate = first.ys
     second: Products = products(swiglu(up, gate), weights[2:], pairs[2:], first.baton, compute)
-    lows, dense = (*first.lows, *second.lows), (*first.dense, *second.dense)
+    lows = (*first.lows, *second.lows)
+    dense = (None,) * 3 if lean else (*first.dense, *second.dense)
     return (second.ys[0], second.baton), (x, weights, pairs, up, gate, lows, dense)
 
 
-def _backward(compute: str, residuals: Any, given: tuple[jax.Array, jax.Array]):
+def _backward(compute: str, lean: bool, residuals: Any, given: tuple[jax.Array, jax.Array]):
     x, weights, pairs, up, gate, lows, denses = residuals
     g, baton = given
     of_up, of_gate, of_down = pairs
