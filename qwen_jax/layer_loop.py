@@ -139,12 +139,13 @@ class Recalling(Plain):
         return ys, thread.replace(baton=baton)
 
     def mlp(self, xs, weights, pairs, thread: Thread):
-        """As Plain. Of a layer that kept up and gate, only gradients are wanted: y is zeros."""
+        """As Plain, but y is zeros: only its gradients are wanted, the next layer has its input."""
         kept, known = thread.kept, None
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
             known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
-        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute, self.lean, known)
+        how = self.compute, self.lean, True
+        y, baton = lora_mlp(xs, weights, pairs, thread.baton, *how, known)
         return y, thread.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):

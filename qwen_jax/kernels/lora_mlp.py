@@ -8,12 +8,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax.kernels.lora_matmul import (
     Pair,
-    Products,
     gradient,
+    narrow,
     narrow_gradients,
     products,
     slope_and_b,
@@ -32,7 +33,7 @@ class Known:
     lows: tuple[jax.Array | None, ...]  # [B, T, R], narrow products of up, gate and down
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def lora_mlp(
     xs: tuple[jax.Array, jax.Array],  # [B, T, D]: the same for up and for gate
     weights: tuple[Weight, Weight, Weight],  # up [F, D], gate [F, D], down [D, F]
@@ -40,28 +41,37 @@ def lora_mlp(
     baton: jax.Array,  # float32 []
     compute: str = "bf16",
     lean: bool = False,
-    known: Known | None = None,  # then the result is not computed either, but zeros
+    again: bool = False,  # the result was computed before; only gradients are wanted, so zeros do
+    known: Known | None = None,  # with `again`
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, D], the baton
     """The weights get no gradient; x gets two, to be added by whoever reads them."""
-    return _forward(xs, weights, pairs, baton, compute, lean, known)[0]
+    return _forward(xs, weights, pairs, baton, compute, lean, again, known)[0]
 
 
-def _forward(xs, weights, pairs, baton, compute: str, lean: bool, known: Known | None):
-    x = xs[0]
+def _forward(xs, weights, pairs, baton, compute: str, lean: bool, again: bool, known: Known | None):
+    x, y, dense = xs[0], jnp.zeros_like(xs[0]), (None, None, None)
     if known is not None:
         up, gate, lows = known.up, known.gate, known.lows
-        return (jax.numpy.zeros_like(x), baton), (x, weights, pairs, up, gate, lows, (None,) * 3)
-    first = products(x, weights[:2], pairs[:2], baton, compute)
-    up, gate = first.ys
-    second: Products = products(swiglu(up, gate), weights[2:], pairs[2:], first.baton, compute)
-    lows = (*first.lows, *second.lows)
-    dense = (None,) * 3 if lean else (*first.dense, *second.dense)
-    return (second.ys[0], second.baton), (x, weights, pairs, up, gate, lows, dense)
+    else:
+        first = products(x, weights[:2], pairs[:2], baton, compute)
+        (up, gate), baton = first.ys, first.baton
+        h = swiglu(up, gate)
+        if again:
+            lows, dense = (*first.lows, *narrow(h, pairs[2:])), (*first.dense, None)
+        else:
+            last = products(h, weights[2:], pairs[2:], baton, compute)
+            (y,), baton = last.ys, last.baton
+            lows, dense = (*first.lows, *last.lows), (*first.dense, *last.dense)
+    if lean:
+        dense = (None, None, None)
+    return (y, baton), (x, weights, pairs, up, gate, lows, dense, baton)
 
 
-def _backward(compute: str, lean: bool, residuals: Any, given: tuple[jax.Array, jax.Array]):
-    x, weights, pairs, up, gate, lows, denses = residuals
+def _backward(compute: str, lean: bool, again: bool, residuals: Any, given):
+    x, weights, pairs, up, gate, lows, denses, passed_on = residuals
     g, baton = given
+    # What the forward pass passed on is a zero as well: the weight of down then waits its turn.
+    baton = baton + passed_on
     of_up, of_gate, of_down = pairs
     slope, down_b = slope_and_b(g, lows[2], of_down)
     h, baton = gradient(g, weights[2], slope, of_down, baton, compute, denses[2])

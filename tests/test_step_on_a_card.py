@@ -1,0 +1,92 @@
+"""What a training step on one Hopper card is made of, lowered for it on the CPU."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from tiny import tiny_config
+
+from qwen_jax import layer_loop
+from qwen_jax.adapters import LoraConfig, abstract_lora
+from qwen_jax.kernels import (
+    attention,
+    dequantize,
+    lora_matmul,
+    quantize_rows,
+    rms_norm,
+    swiglu,
+)
+from qwen_jax.params import abstract_params
+from qwen_jax.quant import QuantFormat
+from qwen_jax.remat import Remat
+from train.step import Compute, loss_and_grads
+
+# Wide enough for all kernels.
+CFG = tiny_config(
+    vocab_size=512, hidden_size=2048, num_layers=4, num_heads=16, head_dim=128, ffn_size=2048
+)
+
+
+@pytest.fixture
+def on_a_card(monkeypatch):
+    for module in (layer_loop, lora_matmul, quantize_rows, rms_norm, swiglu):
+        monkeypatch.setattr(module, "on_hopper", lambda dtype: dtype == jnp.bfloat16)
+    monkeypatch.setattr(dequantize, "is_hopper", lambda: True)
+    monkeypatch.setattr(attention, "_choose", lambda *_: "cudnn")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+
+
+def lowered(remat: str, products: str) -> str:
+    tokens = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
+    batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
+    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("nf4"))
+    lora = abstract_lora(CFG, LoraConfig(rank=8))
+    compute = Compute(remat=Remat.parse(remat, CFG.num_layers), products=products)
+    step = jax.jit(lambda p, l, b: loss_and_grads(CFG, p, l, b, compute))
+    return step.trace(params, lora, batch).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text: str) -> dict[str, int]:
+    """How often the program calls each kernel: once for all layers if all layers do."""
+    found = collections.Counter(re.findall(r"\\[0-9A-F]{2}([a-z_]+)_mosaic_gpu\b", text))
+    # Some versions of Pallas do not pass on the name of a kernel that writes in place.
+    found["gemm"] += found.pop("new_body", 0)
+    found.pop("stable", None)  # as in "stable_mosaic_gpu": a version of the format
+    for name in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
+        found[name] = text.count(f"@__cudnn${name}(")
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    ("remat", "products", "expected"),
+    [
+        # Forward and backward: five products, each after a weight's dequantization.
+        ("selective", "bf16", {"gemm": 10, "dequantize": 10, "fmhaSoftmax": 1, "rms_norm": 6}),
+        # Four products more, and attention; the weights are dequantized for each of the three.
+        ("full", "bf16", {"gemm": 14, "dequantize": 14, "fmhaSoftmax": 2, "rms_norm": 6}),
+        # Layers that keep nothing, but not for want of memory: once for the second and third.
+        ("attention:1,full:3", "bf16",
+         {"gemm": 28, "dequantize": 20, "fmhaSoftmax": 3, "rms_norm": 12}),
+        ("selective", "fp8", {"gemm": 10, "dequantize": 10, "fmhaSoftmax": 1, "rms_norm": 6,
+                              "quantize_rows": 10}),
+    ],
+)  # fmt: skip
+def test_kernels_of_a_step(on_a_card, remat, products, expected):
+    text = lowered(remat, products)
+    found = calls(text)
+    runs = len(remat.split(","))
+    assert found.pop("unfilled") >= runs  # the stacks of each run of layers
+    assert found == {**expected, "fmhaSoftmaxBackward": runs, "swiglu": runs}
+    # What is kept of the products is written where it is kept.
+    assert text.count("output_operand_alias<") == (4 if remat == "selective" else 0)
+
+
+def test_no_stack_is_filled(on_a_card):
+    """But that of the LoRA gradients, which jax.lax.scan makes."""
+    text = lowered("selective", "bf16")
+    fills = re.findall(r"broadcast_in_dim .*-> tensor<4x1x512x(\d+)", text)
+    assert fills == []
