@@ -1,4 +1,4 @@
-"""The two large benchmarks, typed as a user does, at the size that a CPU can do."""
+"""The benchmarks of steps, typed as a user does, at the size that a CPU can do."""
 
 import json
 import math
@@ -45,3 +45,10 @@ def test_time_of_kernels_that_run_at_once_is_counted_once():
     assert covered([]) == 0
     assert covered([(0, 4), (10, 11)]) == 5
     assert covered([(5, 7), (0, 4), (1, 2), (3, 6)]) == 7  # within, across, and out of order
+
+
+def test_training_kernels_are_timed_beside_xla():
+    lines = output_of("benchmarks.training_kernels", "--toy", "--implementations", "xla")
+    rows = [line.split(" | ") for line in lines.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["SwiGLU", "xla"], ["RMS norm", "xla"]]
+    assert all(float(row[2]) > 0 for row in rows)
