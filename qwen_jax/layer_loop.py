@@ -37,7 +37,7 @@ Kept = dict[str, Any]  # name -> what products or attention gave, or the stacks 
 
 
 @struct.dataclass
-class Thread:
+class Relay:
     """What goes from one product of a layer to the next."""
 
     baton: jax.Array  # float32 []: kernels/lora_matmul.py
@@ -53,21 +53,25 @@ class Plain:
     place: Layer | None = None  # where the layer's input lies, on one device
 
     def norm(self, x, y, weight, eps: float, readers: int = 1):
-        """x (+ y) and its norm for each of the readers: kernels/rms_norm.py."""
+        """x (+ y) [B, T, D], and its norm for each of the readers: kernels/rms_norm.py."""
         return residual_rms_norm(x, y, weight, eps, readers=readers, place=self.place)
 
-    def multiply(self, names, x, weights, pairs, thread: Thread):
-        """Products of x with weights, whose results have these names: ys and the thread."""
-        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, self.lean)
-        return ys, thread.replace(baton=baton)
+    def multiply(self, names, x, weights, pairs, relay: Relay):
+        """Products of x [B, T, I] with weights [*O, I], whose results have these names: ys, each
+        [B, T, *O], and the relay.
+        """
+        ys, baton = lora_matmul(x, weights, pairs, relay.baton, self.compute, self.lean)
+        return ys, relay.replace(baton=baton)
 
-    def mlp(self, xs, weights, pairs, thread: Thread):
-        """down(up(x) * silu(gate(x))) for the weights up, gate and down: y and the thread."""
-        y, baton = lora_mlp(xs, weights, pairs, thread.baton, self.compute, self.lean)
-        return y, thread.replace(baton=baton)
+    def mlp(self, xs, weights, pairs, relay: Relay):
+        """down(up(x) * silu(gate(x))) for the weights up, gate and down: y [B, T, D] and the relay.
+        x comes twice, as norm gives it.
+        """
+        y, baton = lora_mlp(xs, weights, pairs, relay.baton, self.compute, self.lean)
+        return y, relay.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
-        """Attention under the rule of kernels/attention.py: y and kept."""
+        """Attention under the rule of kernels/attention.py: y [B, T, N, H] and kept."""
         return attention(q, k, v, **rule), kept
 
 
@@ -84,13 +88,13 @@ class Keeping(Plain):
     names: tuple[str, ...]
     index: jax.Array | None = None  # int32 []
 
-    def multiply(self, names, x, weights, pairs, thread: Thread):
+    def multiply(self, names, x, weights, pairs, relay: Relay):
         """As Plain; the kernel of a product writes it to its place."""
-        kept = thread.kept
+        kept = relay.kept
         into = None
         if self.index is not None:
             into = tuple(self._place(kept[name]) if name in self.names else None for name in names)
-        made = products(x, weights, pairs, thread.baton, self.compute, into)
+        made = products(x, weights, pairs, relay.baton, self.compute, into)
         ys = []
         for name, y in zip(names, made.ys, strict=True):
             if isinstance(y, Layer):
@@ -101,20 +105,20 @@ class Keeping(Plain):
             ys.append(y)
         if LOW in self.names:
             kept = self._write(_low(names), made.lows, kept)
-        return tuple(ys), Thread(baton=made.baton, kept=kept)
+        return tuple(ys), Relay(baton=made.baton, kept=kept)
 
-    def mlp(self, xs, weights, pairs, thread: Thread):
+    def mlp(self, xs, weights, pairs, relay: Relay):
         """As Plain."""
-        (up, gate), thread = self.multiply((UP, GATE), xs[0], weights[:2], pairs[:2], thread)
-        (y,), thread = self.multiply((DOWN,), swiglu(up, gate), weights[2:], pairs[2:], thread)
-        return y, thread
+        (up, gate), relay = self.multiply((UP, GATE), xs[0], weights[:2], pairs[:2], relay)
+        (y,), relay = self.multiply((DOWN,), swiglu(up, gate), weights[2:], pairs[2:], relay)
+        return y, relay
 
     def attend(self, q, k, v, kept: Kept, **rule):
         """As Plain."""
+        if ATTENTION not in self.names:
+            return attention(q, k, v, **rule), kept
         y, statistics = attention_and_statistics(q, k, v, **rule)
-        if ATTENTION in self.names:
-            kept = self._write(ATTENTION, (y, statistics), kept)
-        return y, kept
+        return y, self._write(ATTENTION, (y, statistics), kept)
 
     def _place(self, stack: jax.Array) -> Layer:
         return Layer(stack=stack, index=self.index)
@@ -129,24 +133,24 @@ class Keeping(Plain):
 class Recalling(Plain):
     """Takes from `kept` what is there, and computes the rest."""
 
-    def multiply(self, names, x, weights, pairs, thread: Thread):
+    def multiply(self, names, x, weights, pairs, relay: Relay):
         """As Plain."""
         known = None
-        if _low(names) in thread.kept:
-            ys = tuple(thread.kept[name].cut() for name in names)
-            known = (ys, _cut(thread.kept[_low(names)]))
-        ys, baton = lora_matmul(x, weights, pairs, thread.baton, self.compute, self.lean, known)
-        return ys, thread.replace(baton=baton)
+        if _low(names) in relay.kept:
+            ys = tuple(relay.kept[name].cut() for name in names)
+            known = (ys, _cut(relay.kept[_low(names)]))
+        ys, baton = lora_matmul(x, weights, pairs, relay.baton, self.compute, self.lean, known)
+        return ys, relay.replace(baton=baton)
 
-    def mlp(self, xs, weights, pairs, thread: Thread):
+    def mlp(self, xs, weights, pairs, relay: Relay):
         """As Plain, but y is zeros: only its gradients are wanted, the next layer has its input."""
-        kept, known = thread.kept, None
+        kept, known = relay.kept, None
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
             known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
         how = self.compute, self.lean, True
-        y, baton = lora_mlp(xs, weights, pairs, thread.baton, *how, known)
-        return y, thread.replace(baton=baton)
+        y, baton = lora_mlp(xs, weights, pairs, relay.baton, *how, known)
+        return y, relay.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
         """As Plain."""
@@ -194,16 +198,22 @@ def run_layers(
 ) -> jax.Array:  # [B, T, D]
     """x after these layers."""
     if run.level == "none":
-        # The backward pass finds everything that it reads, but weights: they lie in the stack
-        # already, a copy would double them.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)
-        keep = functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
-        return _scan(run, x, low, frozen, keep)
+        keep = functools.partial(jax.checkpoint, policy=_all_but_weights, prevent_cse=False)
+        return _scan(dataclasses.replace(run, lean=True), x, low, frozen, keep)
     return _run_again(run, x, low, frozen)
 
 
+def _all_but_weights(primitive, *args, **params) -> bool:
+    """A weight lies in its stack: what was cut out of that for a layer would double it, if kept."""
+    if primitive.name in ("dynamic_slice", "squeeze"):
+        return False
+    return jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)(
+        primitive, *args, **params
+    )
+
+
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
-    mode = Plain(compute=run.compute)
+    mode = Plain(compute=run.compute, lean=run.lean)
 
     def body(x, per_layer):
         index, low = per_layer

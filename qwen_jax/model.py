@@ -22,7 +22,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.kernels.rms_norm import rms_norm
-from qwen_jax.layer_loop import PLAIN, Plain, Run, Thread, run_layers
+from qwen_jax.layer_loop import PLAIN, Plain, Relay, Run, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
 from qwen_jax.quant import Layer, QTensor, QuantFormat
@@ -36,36 +36,36 @@ def mlp_block(
     xs: tuple[jax.Array, jax.Array],  # [B, T, D]: the same for up and for gate
     w: Params,
     lora: Params,
-    thread: Thread,
+    relay: Relay,
     mode: Plain = PLAIN,
-) -> tuple[jax.Array, Thread]:
+) -> tuple[jax.Array, Relay]:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2.
 
-    The thread, here and below, goes from product to product; the mode computes them: layer_loop.py.
+    The relay, here and below, goes from product to product; the mode computes them: layer_loop.py.
     """
     names = ("up", "gate", "down")
     with jax.named_scope("mlp"):
         weights, pairs = tuple(w[name] for name in names), tuple(lora.get(name) for name in names)
-        return mode.mlp(xs, weights, pairs, thread)
+        return mode.mlp(xs, weights, pairs, relay)
 
 
-def project_qkv(x, w, lora, angles, logn, thread, mode=PLAIN):
-    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given; thread."""
-    (qkv,), thread = mode.multiply((QKV,), x, (w["wqkv"],), (lora.get("wqkv"),), thread)
+def project_qkv(x, w, lora, angles, logn, relay, mode=PLAIN):
+    """x [B, T, D] -> q, k, v [B, T, N, H], rotated, the query scaled by logn if given; relay."""
+    (qkv,), relay = mode.multiply((QKV,), x, (w["wqkv"],), (lora.get("wqkv"),), relay)
     qkv = qkv + w["bqkv"]  # [B, T, 3, N, H]
     # A split, because its gradient is one concatenation; that of slices is a sum of padded arrays.
     q, k, v = (x[:, :, 0] for x in jnp.split(qkv, 3, axis=2))
     q, k = rope(q, *angles), rope(k, *angles)
     if logn is not None:
         q = q * logn.astype(q.dtype)
-    return q, k, v, thread
+    return q, k, v, relay
 
 
-def project_out(x, w, lora, thread, mode=PLAIN):
-    """x [B, T, N, H] -> [B, T, D]; thread."""
+def project_out(x, w, lora, relay, mode=PLAIN):
+    """x [B, T, N, H] -> [B, T, D]; relay."""
     x, pairs = x.reshape(*x.shape[:2], -1), (lora.get("wo"),)
-    (y,), thread = mode.multiply((OUT,), x, (w["wo"],), pairs, thread)
-    return y, thread
+    (y,), relay = mode.multiply((OUT,), x, (w["wo"],), pairs, relay)
+    return y, relay
 
 
 def _format_of(layers: Params) -> QuantFormat | None:
@@ -195,15 +195,15 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
     that in which training does.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
-    thread = Thread(baton=jnp.zeros(()), kept=kept)
+    relay = Relay(baton=jnp.zeros(()), kept=kept)
     x, (y,) = mode.norm(x, None, w["ln_1"], cfg.norm_eps)
-    q, k, v, thread = project_qkv(y, w["attn"], low_attn, angles, logn, thread, mode)
+    q, k, v, relay = project_qkv(y, w["attn"], low_attn, angles, logn, relay, mode)
     with jax.named_scope("attention"):
-        y, kept = attend(q, k, v, thread.kept)
-    y, thread = project_out(y, w["attn"], low_attn, thread.replace(kept=kept), mode)
+        y, kept = attend(q, k, v, relay.kept)
+    y, relay = project_out(y, w["attn"], low_attn, relay.replace(kept=kept), mode)
     x, ys = mode.norm(x, y, w["ln_2"], cfg.norm_eps, readers=2)
-    y, thread = mlp_block(ys, w["mlp"], low_mlp, thread, mode)
-    return x + y, thread.kept
+    y, relay = mlp_block(ys, w["mlp"], low_mlp, relay, mode)
+    return x + y, relay.kept
 
 
 def _layer(cfg, mesh, mode, x, index, low, frozen, kept):
@@ -232,6 +232,7 @@ def hidden_states(
     """The decoder without a cache: training, or (given prompt `lengths`) scoring.
 
     Training sees neither dynamic NTK nor logn, as in the original; `lengths` switches them on.
+    Only `lora` and `embedded` get gradients: those of the layers' params are zeros, all of them.
     """
     B, T = tokens.shape
     plain = positions is None

@@ -27,6 +27,7 @@ from qwen_jax.kernels.decode_matmul import MAX_ROWS, decode_matmul, decode_parts
 from qwen_jax.kernels.packing import PackedWeight
 from qwen_jax.kernels.residual_norm import residual_norm
 from qwen_jax.kernels.rms_norm import rms_norm
+from qwen_jax.kernels.swiglu import swiglu
 from qwen_jax.model import Params, embed
 from qwen_jax.packed_params import (
     check_mesh,
@@ -162,7 +163,7 @@ def _run_layers(
         with jax.named_scope("mlp"):
             x, y = norm(x, parts, layers["ln_2"], index)
             up_gate = decode_matmul(y, mlp["up_gate"], index, implementation=implementation)
-            wide = up_gate[:, 0] * jax.nn.silu(up_gate[:, 1])
+            wide = swiglu(up_gate[:, 0], up_gate[:, 1])
             parts = multiply_all(wide, mlp["down"], index)
         return (x, parts, cache), None
 

@@ -169,17 +169,17 @@ class QTensor:
 
 @struct.dataclass
 class Layer:
-    """One layer of a stack, not cut out of it: kernels read it where it lies."""
+    """One layer of a stack, not cut out of it: kernels read it, or write it, where it lies."""
 
-    stack: QTensor  # [L, *O, I]
+    stack: QTensor | jax.Array  # [L, *O, I]; of activations [L, ...]
     index: jax.Array  # int32 []
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight that this stands for."""
+        """Shape of what this stands for."""
         return self.stack.shape[1:]
 
-    def cut(self) -> QTensor:
+    def cut(self) -> QTensor | jax.Array:
         """The layer by itself; XLA makes the slice part of whatever reads it."""
         index = self.index
         return jax.tree.map(

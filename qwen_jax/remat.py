@@ -76,9 +76,13 @@ class Remat:
         return out
 
 
-def saved_values(cfg: ModelConfig, level: str) -> int:
-    """How many activation values a layer of `level` keeps for a token, besides its input."""
+def saved_values(cfg: ModelConfig, level: str, tensor: int = 1) -> int:
+    """How many activation values a layer of `level` keeps for a token, besides its input, on each
+    of `tensor` devices over which heads and the MLP are cut.
+    """
     M, D, F = cfg.attention_size, cfg.hidden_size, cfg.ffn_size
     # The narrow products of LoRA are left out: 5 ranks a token, at rank 8 80 bytes of 180,480.
     sizes = {ATTENTION: M, QKV: 3 * M, OUT: D, UP: F, GATE: F, LOW: 0}
-    return sum(sizes[name] for name in SAVED["selective" if level == "none" else level])
+    names = SAVED["selective" if level == "none" else level]
+    # The output of attention's projection is a sum over those devices: each has all of it.
+    return sum(sizes[name] // (1 if name == OUT else tensor) for name in names)

@@ -1,4 +1,4 @@
-"""Runs the bodies of the decode kernels on the CPU: every PTX word done by numpy, for all threads.
+"""Runs the bodies of kernels on the CPU: every PTX word done by numpy, for all threads.
 
 A value is an array with one element a thread of the whole launch; threads go in step, so barriers
 hold by themselves and races are not seen. What is seen: every address (an access outside an array

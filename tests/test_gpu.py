@@ -106,7 +106,7 @@ def test_packed_rows_on_cudnn_equal_the_reference():
 
 
 def test_kept_attention_is_not_computed_again():
-    """The policy knows cuDNN's primitive by name: a new name would cost time in silence."""
+    """cuDNN's statistics are found by dtype and shape: if not, that costs time in silence."""
     cfg = tiny_config(head_dim=64, num_heads=2, hidden_size=128, num_layers=2)
     params = init_params(cfg, jax.random.key(0), jnp.bfloat16)
     lora = jax.tree.map(

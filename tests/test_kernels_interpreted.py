@@ -235,7 +235,9 @@ def test_rows_to_e4m3(monkeypatch, K):
     assert (np.asarray(codes, np.float32) != want).mean() < 1e-3
 
 
-@pytest.mark.parametrize(("M", "F", "R"), [(384, 1024, 8), (256, 384, 16)])
+@pytest.mark.parametrize(
+    ("M", "F", "R"), [(384, 1024, 8), (256, 384, 16), (128, 256, 8), (128, 512, 16)]
+)
 def test_gradient_of_swiglu(monkeypatch, M, F, R):
     """Blocks along both axes; layer 1 of one stack and 0 of another."""
     shapes = [(2, M, F), (1, M, F), (M, F), (R, F), (R, F), (3, M, R)]

@@ -10,6 +10,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 from tiny import tiny_config
 
 from convert import hf_to_flax
@@ -75,23 +76,27 @@ def test_bytes_of_a_device_are_those_of_real_shards(fmt):
     assert sum(weight_bytes(cfg, jnp.float32, fmt, sizes).values()) == held
 
 
-def temporary_bytes(cfg: ModelConfig, length: int, remat: Remat) -> int:
+def temporary_bytes(cfg: ModelConfig, length: int, remat: Remat, mesh: Mesh | None = None) -> int:
     """What XLA allocates for the gradients of a step besides arguments and results."""
-    step = functools.partial(loss_and_grads, cfg, compute=Compute(remat=remat))
+    step = functools.partial(loss_and_grads, cfg, compute=Compute(remat=remat, mesh=mesh))
     tokens = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
-    lora = abstract_lora(cfg, LoraConfig(rank=4))
-    compiled = jax.jit(step).lower(abstract_params(cfg, jnp.float32), lora, batch).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    lora = abstract_lora(cfg, LoraConfig(rank=4), mesh=mesh)
+    params = abstract_params(cfg, jnp.float32, None, mesh)
+    return jax.jit(step).lower(params, lora, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_what_layers_keep_is_what_xla_allocates():
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_what_layers_keep_is_what_xla_allocates(tensor):
     cfg, length = tiny_config(num_layers=12, ffn_size=256, head_dim=32), 96
-    work = workload(cfg=cfg, format=None, dtype=jnp.dtype(jnp.float32), length=length)
-    none = temporary_bytes(cfg, length, Remat.parse("full", 12))
+    sizes, mesh = ONE | {"tensor": tensor}, None
+    if tensor > 1:
+        mesh = make_mesh(sizes)
+    work = workload(cfg=cfg, format=None, dtype=jnp.dtype(jnp.float32), length=length, sizes=sizes)
+    none = temporary_bytes(cfg, length, Remat.parse("full", 12), mesh)
     for text in ("selective", "attention", "selective:6,full:6"):
         remat = Remat.parse(text, 12)
-        more = temporary_bytes(cfg, length, remat) - none
+        more = temporary_bytes(cfg, length, remat, mesh) - none
         planned = sum(n * (work.saved_bytes(level) - work.saved_bytes("full"))
                       for n, level in remat.runs)  # fmt: skip
         # The fullest moment is not the same one in every program: one layer's work of slack.

@@ -19,7 +19,7 @@ from qwen_jax import model
 from qwen_jax.cache import init_cache
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.rms_norm import rms_norm
-from qwen_jax.layer_loop import Thread
+from qwen_jax.layer_loop import Relay
 from qwen_jax.positions import rope, rope_angles
 
 pytestmark = pytest.mark.optimized
@@ -77,8 +77,8 @@ def test_mlp_order_is_w1_times_silu_w2():
     x = np.random.default_rng(0).standard_normal((1, 9, 64)).astype(np.float32)
     reference = qwen2_model(cfg, w).model.layers[1].mlp
     layer = jax.tree.map(lambda leaf: leaf[1], params["layers"]["mlp"])
-    thread = Thread(baton=jnp.zeros(()), kept=None)
-    ours, _ = model.mlp_block((jnp.asarray(x),) * 2, layer, {}, thread)
+    relay = Relay(baton=jnp.zeros(()), kept=None)
+    ours, _ = model.mlp_block((jnp.asarray(x),) * 2, layer, {}, relay)
     np.testing.assert_allclose(ours, reference(torch.tensor(x)).detach().numpy(), atol=1e-5)
 
 

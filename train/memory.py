@@ -50,9 +50,9 @@ class Workload:
         return np.dtype(self.dtype).itemsize
 
     def saved_bytes(self, level: str) -> int:
-        """What one layer keeps on one device; the named values are cut over the tensor axis."""
-        inside = saved_values(self.cfg, level) // self.sizes["tensor"]
-        statistics = 4 * self.cfg.num_heads if level != "full" else 0
+        """What one layer keeps on one device."""
+        inside = saved_values(self.cfg, level, self.sizes["tensor"])
+        statistics = 4 * self.cfg.num_heads // self.sizes["tensor"] if level != "full" else 0
         return self.tokens * ((self.cfg.hidden_size + inside) * self.item + statistics)
 
     def budget(self, remat: Remat, limit: int = 0) -> Budget:
@@ -65,7 +65,9 @@ class Workload:
         joined = abstract_mesh(self.sizes | {"fsdp": 1})  # as the layers use and return them
         used = device_bytes(abstract_lora(cfg, self.lora, mesh=joined))
         kept = sum(count * self.saved_bytes(level) for count, level in remat.runs)
-        kept += len(remat.runs) * self.tokens * cfg.hidden_size * self.item  # the last one's result
+        # The result of a run's last layer lies behind the inputs of them all.
+        ends = sum(level != "none" for _, level in remat.runs)
+        kept += ends * self.tokens * cfg.hidden_size * self.item
         accumulator = pairs if self.accumulation > 1 else 0
         return Budget(
             {
@@ -81,8 +83,9 @@ class Workload:
     def _layer(self) -> int:
         """The weights of a layer in the compute dtype, and its activations in the backward pass.
 
-        All the weights: so many are there when kernels run at once (train/overlap.py), else one or
-        two, which makes the plan a gigabyte too large.
+        All the weights: so many are there when kernels run at once (train/overlap.py), or when a
+        recomputed layer holds them for its gradients; else (remat.lean) one or two, which makes the
+        plan a gigabyte too large.
         """
         cfg, tensor = self.cfg, self.sizes["tensor"]
         weights = 0

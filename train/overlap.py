@@ -11,7 +11,7 @@
 They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Nothing here is
 measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU there is nothing to
 exchange. There, all but `none` run at once the kernels that do not wait for each other: weights are
-dequantized and results copied while a product runs (kernels/lora_matmul.py). Buffers are then
+dequantized while a product runs (kernels/lora_matmul.py). Buffers are then
 shared less, 0.5 to 1.8 GB more at 72B, so `auto` does it only where it pays (step.at_once_pays).
 """
 
@@ -36,8 +36,9 @@ _PIPELINE = _SCHEDULE | {
     "xla_gpu_enable_pipelined_all_gather": True,
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
-# XLA would fuse a kernel of ours with the copy of its result to where a loop keeps it, and run it a
-# second time for whoever else reads that result. Meshes of several run no such kernel.
+# XLA would fuse a kernel of ours with the copy of its result to where jax.lax.scan keeps it (as of
+# level `none` it still does), and run it a second time for whoever else reads that result. Meshes
+# of several run no such kernel.
 _ONE_DEVICE: dict[str, Option] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _AT_ONCE: dict[str, Option] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _OPTIONS: dict[str, dict[str, Option]] = {

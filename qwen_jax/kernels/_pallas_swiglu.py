@@ -42,7 +42,8 @@ def check(M: int, F: int, ranks: set[int]) -> "Body":
         )
     if len(ranks) > 1 or not ranks <= set(_RANKS):
         raise NotImplementedError(f"ranks {sorted(ranks)}: expected one of {_RANKS} for all pairs")
-    return Body(M=M, F=F, R=ranks.pop(), rows=rows, warps=warps)
+    (rank,) = ranks
+    return Body(M=M, F=F, R=rank, rows=rows, warps=warps)
 
 
 def gradient(

@@ -29,14 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.kernels.dequantize import dequantize
 from qwen_jax.kernels.hopper import on_hopper, say_once
 from qwen_jax.kernels.qmatmul import Weight, fp8_weight, input_gradient, qmatmul
 from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.quant import Layer
-from qwen_jax.remat import WEIGHT
 
 Pair = dict[str, Any]  # a [R, I], b [R, *O]: as model.lora_layers gives it
 
@@ -59,17 +57,17 @@ def lora_matmul(
     baton: jax.Array,  # float32 []: that of the products before, or a zero
     compute: str = "bf16",  # or "fp8" for the products with the frozen weights
     lean: bool = False,  # dequantizes once more for gradients, rather than hold the weights
-    kept: tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]] | None = None,
+    known: tuple[tuple[jax.Array, ...], tuple[jax.Array | None, ...]] | None = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:  # each [..., *O]; the baton
-    """All products; the weights get no gradient. `kept`: ys and lows that were computed before."""
-    return _forward(x, weights, pairs, baton, compute, lean, kept)[0]
+    """All products; the weights get no gradient. `known`: ys and lows that were computed before."""
+    return _forward(x, weights, pairs, baton, compute, lean, known)[0]
 
 
-def _forward(x, weights, pairs, baton, compute: str, lean: bool, kept):
-    if kept is None:
+def _forward(x, weights, pairs, baton, compute: str, lean: bool, known):
+    if known is None:
         made = products(x, weights, pairs, baton, compute)
     else:
-        made = Products(ys=kept[0], lows=kept[1], baton=baton, dense=(None,) * len(weights))
+        made = Products(ys=known[0], lows=known[1], baton=baton, dense=(None,) * len(weights))
     dense = (None,) * len(weights) if lean else made.dense
     return (made.ys, made.baton), (x, weights, pairs, made.lows, dense)
 
@@ -174,7 +172,7 @@ def product(
         b, shape = pair["b"].reshape(len(pair["b"]), -1), (*x.shape[:-1], *out)
         flat, dense, low, scale, baton = _operands(x, w, low, baton, compute, backward=False)
         y = _gemm(flat, dense, low, b, scale, shape, into)
-        return y, baton, checkpoint_name(dense, WEIGHT) if scale is None else None
+        return y, baton, dense if scale is None else None
     y = qmatmul(x, w, compute)
     if pair is not None:
         y += jax.lax.dot_general(low, pair["b"], (((low.ndim - 1,), (0,)), ((), ())))
@@ -209,7 +207,7 @@ def gradient(
 
 
 def written(into: Layer, y: jax.Array) -> Layer:
-    """The stack with y in the place of one of its layers."""
+    """The stack [L, ...] with y [...] in the place of the layer."""
     stack = jax.lax.dynamic_update_index_in_dim(into.stack, y, into.index, 0)
     return into.replace(stack=stack)
 

@@ -19,7 +19,7 @@ def residual_norm(
     *,
     implementation: str | None = None,  # "mosaic" or "xla"; None chooses
 ) -> tuple[jax.Array, jax.Array]:  # x + sum(parts), its norm times weight[layer], both [M, D]
-    """Rounds where model.rms_norm does: the sum, the residual, the norm before the weight."""
+    """Rounds where rms_norm.rms_norm does: the sum, the residual, the norm before the weight."""
     if parts.shape[1:] != x.shape or weight.shape[-1] != x.shape[-1]:
         raise ValueError(f"x {x.shape}, parts {parts.shape}, weight {weight.shape} do not fit")
     chosen = implementation or choose(x)

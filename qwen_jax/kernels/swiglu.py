@@ -28,7 +28,7 @@ class Gradient:
 
 
 def swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
-    """up * silu(gate), in float32 inside."""
+    """up * silu(gate), [..., F], in float32 inside, rounded once."""
     wide = gate.astype(jnp.float32)
     return (up.astype(jnp.float32) * wide * jax.nn.sigmoid(wide)).astype(up.dtype)
 
@@ -46,6 +46,8 @@ def swiglu_gradient(
     """In float32 inside, each result rounded once to g's dtype."""
     chosen = implementation or _choose(g, bs, lows, slope)
     if chosen == "mosaic":
+        if any(x is None for x in (*bs, *lows, slope)):
+            raise NotImplementedError("the kernel multiplies with the pairs of up, gate and down")
         from qwen_jax.kernels import _pallas_swiglu
 
         return Gradient(*_pallas_swiglu.gradient(_layer(up), _layer(gate), g, bs, lows, slope))
@@ -56,7 +58,7 @@ def swiglu_gradient(
 
 
 def swiglu_gradient_xla(up, gate, g, bs, lows, slope) -> Gradient:
-    """The reference."""
+    """The reference; up and gate are [M, F]."""
     wide_up, wide_gate, wide_g = (x.astype(jnp.float32) for x in (up, gate, g))
     sigmoid = jax.nn.sigmoid(wide_gate)
     silu = wide_gate * sigmoid

@@ -1,0 +1,153 @@
+"""The layer loop of training with stand-ins for the kernels of a card, against PyTorch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import assert_trees_close, random_batch, torch_loss_and_grads
+from tiny import tiny_config, to_params
+from torch_reference import random_weights
+
+from qwen_jax import layer_loop
+from qwen_jax.adapters import LoraConfig, abstract_lora
+from qwen_jax.kernels import _pallas_gemm, _pallas_rms_norm, lora_matmul, rms_norm
+from qwen_jax.params import abstract_params, param_table
+from qwen_jax.quant import QuantFormat, dequantize
+from qwen_jax.remat import Remat
+from qwen_jax.sharding import make_mesh, parse_mesh
+from train.step import Compute, loss_and_grads
+
+LEVELS = ["none", "full", "attention", "selective", "selective:1,attention:1,full:1"]
+
+
+@pytest.fixture
+def with_kernels(monkeypatch):
+    """The ways that lead to kernels, of which stand-ins have the formulas.
+
+    Memory is not zero there before something is written to it.
+    """
+
+    def gemm(x, w, low, b, scale=None, *, turned=False, into=None):
+        y = x @ (w if turned else w.T) + low @ b
+        y = y if scale is None else y * scale[:, None]
+        return y if into is None else jax.lax.dynamic_update_index_in_dim(into[0], y, into[1], 0)
+
+    def total(x, y):
+        return x.cut() if y is None else x.cut() + y
+
+    def norm(x, y, weight, eps):
+        return rms_norm.rms_norm(total(x, y), weight, eps)
+
+    def gradient(x, y, of_total, of_norms, weight, eps):
+        _, pullback = jax.vjp(lambda x: rms_norm.rms_norm(x, weight, eps), total(x, y))
+        return of_total + pullback(sum(of_norms))[0]
+
+    monkeypatch.setattr(lora_matmul, "_fused", lambda *_: True)
+    monkeypatch.setattr(_pallas_gemm, "gemm", gemm)
+    monkeypatch.setattr(rms_norm, "_kernels_serve", lambda x: True)
+    monkeypatch.setattr(_pallas_rms_norm, "norm", norm)
+    monkeypatch.setattr(_pallas_rms_norm, "gradient", gradient)
+    monkeypatch.setattr(
+        layer_loop, "unfilled", lambda shape, dtype, kernels: jnp.full(shape, jnp.nan, dtype)
+    )
+
+
+def lora_of(cfg, targets: tuple[str, ...]):
+    """Both factors away from zero; pairs that are not trained as zeros, and left out."""
+    rng = np.random.default_rng(0)
+    everything = jax.tree.map(
+        lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.1, jnp.float32),
+        abstract_lora(cfg, LoraConfig(rank=4, alpha=8.0)),
+    )
+    wanted = abstract_lora(cfg, LoraConfig(rank=4, alpha=8.0, targets=targets))
+    layers = everything.weights["layers"]
+    some = {
+        block: {name: layers[block][name] for name in pairs}
+        for block, pairs in wanted.weights["layers"].items()
+    }
+    without = {
+        block: {
+            name: pair if name in some.get(block, {}) else jax.tree.map(jnp.zeros_like, pair)
+            for name, pair in pairs.items()
+        }
+        for block, pairs in layers.items()
+    }
+    return wanted.replace(weights={"layers": some}), everything.replace(weights={"layers": without})
+
+
+@functools.cache
+def by_torch(targets: tuple[str, ...]):
+    """Loss and gradients with the dequantized weights in PyTorch."""
+    cfg = tiny_config()
+    weights, dense = random_weights(cfg), {}
+    params = to_params(cfg, weights, fmt="nf4")
+    for spec in param_table(cfg):
+        leaf = functools.reduce(lambda tree, key: tree[key], spec.path, params)
+        if spec.role == "linear":
+            for layer, name in enumerate(spec.torch_names()):
+                matrix = dequantize(jax.tree.map(lambda x, i=layer: x[i], leaf), jnp.float32)
+                dense[name] = np.asarray(matrix).reshape(weights[name].shape)
+    batch = random_batch(cfg, (1, 2, 60))
+    tokens, mask = np.asarray(batch["tokens"][0]), np.asarray(batch["loss_mask"][0])
+    loss, grads = torch_loss_and_grads(cfg, weights | dense, lora_of(cfg, targets)[1], tokens, mask)
+    return cfg, params, batch, loss, grads
+
+
+@pytest.mark.parametrize("targets", [("all",), ("c_attn",), ("w1", "mlp.c_proj")])
+@pytest.mark.parametrize("remat", LEVELS)
+def test_gradients_of_some_targets_with_kernels(with_kernels, remat, targets):
+    cfg, params, batch, their_loss, theirs = by_torch(targets)
+    lora, _ = lora_of(cfg, targets)
+    compute = Compute(remat=Remat.parse(remat, cfg.num_layers))
+    step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
+    loss, grads, _ = step(params, lora, batch)
+    np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
+    pairs = grads.weights["layers"]
+    assert sum(map(len, pairs.values())) == (5 if targets == ("all",) else len(targets))
+    for (_, block, name), pair in theirs.items():
+        if name in pairs.get(block, {}):
+            assert_trees_close(pairs[block][name], pair, rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["selective", "attention:1,selective:2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "data=2,tensor=4"])
+def test_what_is_kept_on_a_mesh_is_what_one_device_keeps(mesh, remat):
+    cfg = tiny_config(hidden_size=128, ffn_size=256, num_heads=4, head_dim=32, vocab_size=216)
+    params = to_params(cfg, random_weights(cfg), fmt="nf4")
+    lora, _ = lora_of(cfg, ("all",))
+    batch = random_batch(cfg, (1, 4, 48))
+
+    def on(mesh_text: str, remat: str):
+        mesh = make_mesh(parse_mesh(mesh_text))
+        abstract = (
+            abstract_params(cfg, jnp.float32, QuantFormat.named("nf4"), mesh),
+            abstract_lora(cfg, LoraConfig(rank=4, alpha=8.0), mesh=mesh),
+        )
+        placed = jax.device_put((params, lora), jax.tree.map(lambda x: x.sharding, abstract))
+        compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
+        return jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))(*placed, batch)
+
+    loss, grads, _ = on(mesh, remat)
+    expected_loss, expected, _ = on("1", "full")
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    assert_trees_close(grads, expected, rtol=1e-4)
+
+
+def test_level_none_keeps_no_weights(with_kernels):
+    """They lie in their stacks; dequantized or cut out, they would be kept a second time."""
+    cfg = tiny_config(num_layers=12, hidden_size=128, ffn_size=512)
+    lora = abstract_lora(cfg, LoraConfig(rank=4))
+    tokens = jax.ShapeDtypeStruct((1, 1, 8), jnp.int32)
+    batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
+
+    def temporaries(level: str) -> int:
+        compute = Compute(remat=Remat.parse(level, 12))
+        step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
+        params = abstract_params(cfg, jnp.float32, QuantFormat.named("nf4"))
+        compiled = step.lower(params, lora, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one_layer = 4 * (4 * 128 * 64 + 3 * 128 * 512)
+    assert temporaries("none") < temporaries("full") + 3 * one_layer
