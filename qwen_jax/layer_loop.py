@@ -204,12 +204,13 @@ def run_layers(
 
 
 def _all_but_weights(primitive, *args, **params) -> bool:
-    """A weight lies in its stack: what was cut out of that for a layer would double it, if kept."""
+    """A weight lies in its stack: what was cut out of that for a layer would double it, if kept.
+
+    Neither the cut nor what has its name. (save_anything_except_these_names of jax 0.10 saves all.)
+    """
     if primitive.name in ("dynamic_slice", "squeeze"):
         return False
-    return jax.checkpoint_policies.save_anything_except_these_names(WEIGHT)(
-        primitive, *args, **params
-    )
+    return primitive.name != "name" or params["name"] != WEIGHT
 
 
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):

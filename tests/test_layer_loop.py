@@ -135,8 +135,11 @@ def test_what_is_kept_on_a_mesh_is_what_one_device_keeps(mesh, remat):
     assert_trees_close(grads, expected, rtol=1e-4)
 
 
-def test_level_none_keeps_no_weights(with_kernels):
+@pytest.mark.parametrize("base", ["nf4", "none"])
+def test_level_none_keeps_no_weights(request, base):
     """They lie in their stacks; dequantized or cut out, they would be kept a second time."""
+    if base == "nf4":
+        request.getfixturevalue("with_kernels")
     cfg = tiny_config(num_layers=12, hidden_size=128, ffn_size=512)
     lora = abstract_lora(cfg, LoraConfig(rank=4))
     tokens = jax.ShapeDtypeStruct((1, 1, 8), jnp.int32)
@@ -145,7 +148,7 @@ def test_level_none_keeps_no_weights(with_kernels):
     def temporaries(level: str) -> int:
         compute = Compute(remat=Remat.parse(level, 12))
         step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
-        params = abstract_params(cfg, jnp.float32, QuantFormat.named("nf4"))
+        params = abstract_params(cfg, jnp.float32, QuantFormat.named(base))
         compiled = step.lower(params, lora, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
