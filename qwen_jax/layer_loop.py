@@ -206,9 +206,10 @@ def run_layers(
 def _all_but_weights(primitive, *args, **params) -> bool:
     """A weight lies in its stack: what was cut out of that for a layer would double it, if kept.
 
-    Neither the cut nor what has its name. (save_anything_except_these_names of jax 0.10 saves all.)
+    Neither the cut nor what a mesh gathers of it, nor what has its name. (jax 0.10's own
+    save_anything_except_these_names saves all.)
     """
-    if primitive.name in ("dynamic_slice", "squeeze"):
+    if primitive.name in ("dynamic_slice", "squeeze", "sharding_constraint"):
         return False
     return primitive.name != "name" or params["name"] != WEIGHT
 
