@@ -15,11 +15,11 @@ from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.kernels import _pallas_gemm, _pallas_rms_norm, lora_matmul, rms_norm
 from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QuantFormat, dequantize
-from qwen_jax.remat import Remat
+from qwen_jax.remat import LEVELS, Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
 from train.step import Compute, loss_and_grads
 
-LEVELS = ["none", "full", "attention", "selective", "selective:1,attention:1,full:1"]
+MIXED = "selective:1,attention:1,full:1"
 
 
 @pytest.fixture
@@ -95,8 +95,11 @@ def by_torch(targets: tuple[str, ...]):
     return cfg, params, batch, loss, grads
 
 
-@pytest.mark.parametrize("targets", [("all",), ("c_attn",), ("w1", "mlp.c_proj")])
-@pytest.mark.parametrize("remat", LEVELS)
+@pytest.mark.parametrize(
+    ("remat", "targets"),
+    [(level, ("all",)) for level in (*LEVELS, MIXED)]
+    + [(level, t) for level in ("full", MIXED) for t in (("c_attn",), ("w1", "mlp.c_proj"))],
+)
 def test_gradients_of_some_targets_with_kernels(with_kernels, remat, targets):
     cfg, params, batch, their_loss, theirs = by_torch(targets)
     lora, _ = lora_of(cfg, targets)

@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen_jax.kernels.hopper import multiprocessors
+
 _CONSUMERS = 2  # warpgroups that multiply; the one after them loads
 _LINE = 128  # bytes of a row of a tile along k: what the widest swizzle takes
 _RANKS = (16, 32, 64)  # that tiles of the low-rank term are padded to
@@ -57,7 +59,7 @@ def gemm(
     turned: bool = False,
     into: tuple[jax.Array, jax.Array] | None = None,  # bfloat16 [L, M, N], int32 []: a layer of it
     tiling: Tiling | None = None,
-    blocks: int = 132,  # as many as the card has multiprocessors
+    blocks: int | None = None,  # at most; None: as many as the card has multiprocessors
     interpret=None,
 ) -> jax.Array:  # bfloat16 [M, N]; or the stack, with y in the place of that layer
     """Sums in float32, rounded once. NotImplementedError for sizes that tiles do not divide."""
@@ -70,7 +72,8 @@ def gemm(
         dtype=x.dtype,
     )  # fmt: skip
     operands = [a for a in (x, w, low, b, scale) if a is not None]
-    grid = {"grid": (body.clusters(blocks // t.cluster),), "grid_names": ("cluster_grid",)}
+    clusters = body.clusters((blocks or multiprocessors()) // t.cluster)
+    grid = {"grid": (clusters,), "grid_names": ("cluster_grid",)}
     if t.cluster > 1:
         grid |= {"cluster": (t.cluster,), "cluster_names": ("cluster",)}
     options = {

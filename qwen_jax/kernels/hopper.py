@@ -16,6 +16,11 @@ def is_hopper() -> bool:
     return str(jax.local_devices()[0].compute_capability) == "9.0"
 
 
+def multiprocessors() -> int:
+    """Of the default device if it is a GPU; else those of an H100, for which it may be compiled."""
+    return jax.local_devices()[0].core_count if jax.default_backend() == "gpu" else 132
+
+
 def on_hopper(dtype: jnp.dtype) -> bool:
     """Whether the kernels that compute in bfloat16 run here on activations of `dtype`."""
     return dtype == jnp.bfloat16 and is_hopper()

@@ -7,6 +7,8 @@ no kernel.
 import dataclasses
 import itertools
 
+from qwen_jax.kernels.hopper import multiprocessors
+
 UNIT_BYTES = 512
 UNITS = 8  # of a chunk
 
@@ -111,5 +113,6 @@ def _tilings(M: int, N: int, K: int, fmt: Format) -> list[Tiling]:
 
 
 def _waste(t: Tiling, N: int) -> float:
-    """How far the warps are from the 16 that each of 132 multiprocessors should have."""
-    return abs(N // t.rows * t.splits * t.warps / (132 * 16) - 1) + 0.02 * t.splits
+    """How far the warps are from the 16 that each multiprocessor should have."""
+    warps = N // t.rows * t.splits * t.warps
+    return abs(warps / (16 * multiprocessors()) - 1) + 0.02 * t.splits
