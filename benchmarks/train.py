@@ -22,6 +22,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.collectives import collectives, sent_by_kind
 from benchmarks.profile import kernel_table
@@ -38,6 +39,7 @@ from qwen_jax.sharding import make_mesh, parse_mesh
 from train.memory import Workload
 from train.step import (
     Compute,
+    TrainState,
     batch_sharding,
     compile_step,
     init_state,
@@ -112,8 +114,31 @@ def main(argv: list[str] | None = None) -> None:
             print(f"seq {seq:>5}  ours / peer: {best[seq] / peer:.2f}", flush=True)
 
 
-def measure(args: Args) -> dict:
-    """One row: seconds a step, peak memory beside the plan's, compile time."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """All that a step takes, of random weights."""
+
+    cfg: ModelConfig
+    mesh: Mesh
+    work: Workload
+    remat: Remat
+    params: dict
+    batch: dict[str, jax.Array]
+    state: TrainState
+    weights: int  # bytes of params, with the embedding
+    init_seconds: float
+
+    def compiled(self, how: Compute):
+        """The step as a program (state, params, batch) -> state, metrics."""
+        schedule = make_schedule("constant", 1e-4, 100)
+        step = compile_step(
+            self.cfg, make_optimizer(schedule), schedule, self.state, self.params, how
+        )  # fmt: skip
+        return step.lower(self.state, self.params, self.batch).compile()
+
+
+def prepare(args: Args) -> Setup:
+    """The model of one row, on the devices."""
     sizes = parse_mesh(args.mesh)
     mesh = make_mesh(sizes)
     name = "qwen_tiny" if args.toy else args.config
@@ -140,16 +165,24 @@ def measure(args: Args) -> dict:
 
     began = time.perf_counter()
     params = jax.block_until_ready(init_params(cfg, jax.random.key(0), dtype, fmt, mesh))
-    weights = tree_bytes(params)
-    init_seconds = time.perf_counter() - began
+    weights, init_seconds = tree_bytes(params), time.perf_counter() - began
     batch = _batch(params, cfg, mesh, args, seq)
-    schedule = make_schedule("constant", 1e-4, 100)
-    optimizer = make_optimizer(schedule)
-    state = init_state(optimizer, init_lora(cfg, lora_cfg, jax.random.key(1), mesh), mesh)
+    lora = init_lora(cfg, lora_cfg, jax.random.key(1), mesh)
+    state = init_state(make_optimizer(make_schedule("constant", 1e-4, 100)), lora, mesh)
+    return Setup(
+        cfg=cfg, mesh=mesh, work=work, remat=remat, params=params, batch=batch, state=state,
+        weights=weights, init_seconds=init_seconds,
+    )  # fmt: skip
+
+
+def measure(args: Args) -> dict:
+    """One row: seconds a step, peak memory beside the plan's, compile time."""
+    made = prepare(args)
+    cfg, mesh, params, batch, state = made.cfg, made.mesh, made.params, made.batch, made.state
+    (seq,), remat = args.seq, made.remat
     how = Compute(remat=remat, products=args.compute[0], mesh=mesh, overlap=args.overlap)
-    step = compile_step(cfg, optimizer, schedule, state, params, how)
     began = time.perf_counter()
-    compiled = step.lower(state, params, batch).compile()
+    compiled = made.compiled(how)
     compile_seconds = time.perf_counter() - began
     sent = sent_by_kind(collectives(compiled.as_text())) if mesh.size > 1 else {}
     losses = []
@@ -168,12 +201,12 @@ def measure(args: Args) -> dict:
         "useful": 4 * (num_parameters(cfg) - cfg.vocab_size * cfg.hidden_size),
         "computed": computed_flops(cfg, remat, seq),
         "peak": max(peaks),
-        "planned": work.budget(remat).total,
-        "weights": weights,
+        "planned": made.work.budget(remat).total,
+        "weights": made.weights,
         "device_weights": device_bytes(params),
         "sent": sent,
         "compile_seconds": compile_seconds,
-        "init_seconds": init_seconds,
+        "init_seconds": made.init_seconds,
         "losses": losses,
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,

@@ -52,3 +52,11 @@ def test_training_kernels_are_timed_beside_xla():
     rows = [line.split(" | ") for line in lines.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["SwiGLU", "xla"], ["RMS norm", "xla"]]
     assert all(float(row[2]) > 0 for row in rows)
+
+
+def test_variants_of_a_step_take_turns():
+    command = ["benchmarks.variants", "--toy", "--seq", "32", "--steps", "1", "--rounds", "2"]
+    lines = output_of(*command, "--variants", "as_is", "remat=selective", "wide=4").splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith(("as_is", "remat", "wide"))]
+    assert [row[0] for row in rows] == ["as_is", "remat=selective", "wide=4"]
+    assert float(rows[0][2]) == 1 and all(float(row[1]) > 0 for row in rows)
