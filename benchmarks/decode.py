@@ -159,7 +159,7 @@ def measure(
         "cache": str(dtype),
         "tok/s": round(batch / seconds, 1),
         "ms/step": round(seconds * 1e3, 2),
-        "GB/s": round((weights + kept) / seconds / 1e9),
+        "GB/s": round((weights + kept) / seconds / 1e9, 2),
         "of limit": round(limit / seconds, 3),
         "limit tok/s": round(batch / limit, 1),
         "weights GB": round(weights / 1e9, 2),
