@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen_jax.cli import parse, run
+from qwen_jax.errors import InputError, did_you_mean
 from qwen_jax.kernels import _pallas_gemm
 from qwen_jax.kernels._pallas_gemm import Tiling
 
@@ -39,6 +40,30 @@ class Args:
     shapes: tuple[str, ...] = tuple(SHAPES)
     tilings: tuple[str, ...] = ("rows=64",)  # fields of _pallas_gemm.Tiling, the rest by default
     rounds: int = 5
+
+
+def changes_of(text: str) -> dict[str, str]:
+    """What `wide=4,cluster=2` names; InputError if it is not of that form."""
+    changes = {}
+    for part in text.split(","):
+        name, sign, value = part.partition("=")
+        if not sign:
+            raise InputError(f"{text!r}: expected name=value, apart by commas, got {part!r}")
+        changes[name] = value
+    return changes
+
+
+def tiling_of(changes: dict[str, str]) -> Tiling:
+    """The kernel's tiling with other values in some fields; InputError for what it has not."""
+    known = [field.name for field in dataclasses.fields(Tiling)]
+    for name, value in changes.items():
+        if name not in known:
+            raise InputError(
+                f"no {name!r} to change{did_you_mean(name, known)}: {', '.join(known)}"
+            )
+        if not value.isdecimal():
+            raise InputError(f"{name}={value}: expected a whole number")
+    return Tiling(**{name: int(value) for name, value in changes.items()})
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
@@ -85,8 +110,7 @@ def measure(name: str, args: Args) -> None:
         "cuBLAS, LoRA apart": functools.partial(cublas, turned=turned, lora=True),
     }
     for text in args.tilings:
-        fields = (field.split("=") for field in text.split(","))
-        tiling = Tiling(**{key: int(value) for key, value in fields})
+        tiling = tiling_of(changes_of(text))
         fn = functools.partial(_pallas_gemm.gemm, turned=turned, tiling=tiling)
         candidates[f"kernel {text}"] = fn
     errors, programs, times = {}, {}, {}

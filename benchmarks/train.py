@@ -22,6 +22,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from benchmarks.collectives import collectives, sent_by_kind
@@ -124,15 +125,16 @@ class Setup:
     remat: Remat
     params: dict
     batch: dict[str, jax.Array]
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
     state: TrainState
     weights: int  # bytes of params, with the embedding
     init_seconds: float
 
     def compiled(self, how: Compute):
         """The step as a program (state, params, batch) -> state, metrics."""
-        schedule = make_schedule("constant", 1e-4, 100)
         step = compile_step(
-            self.cfg, make_optimizer(schedule), schedule, self.state, self.params, how
+            self.cfg, self.optimizer, self.schedule, self.state, self.params, how
         )  # fmt: skip
         return step.lower(self.state, self.params, self.batch).compile()
 
@@ -168,9 +170,11 @@ def prepare(args: Args) -> Setup:
     weights, init_seconds = tree_bytes(params), time.perf_counter() - began
     batch = _batch(params, cfg, mesh, args, seq)
     lora = init_lora(cfg, lora_cfg, jax.random.key(1), mesh)
-    state = init_state(make_optimizer(make_schedule("constant", 1e-4, 100)), lora, mesh)
+    schedule = make_schedule("constant", 1e-4, 100)
+    optimizer = make_optimizer(schedule)
     return Setup(
-        cfg=cfg, mesh=mesh, work=work, remat=remat, params=params, batch=batch, state=state,
+        cfg=cfg, mesh=mesh, work=work, remat=remat, params=params, batch=batch,
+        schedule=schedule, optimizer=optimizer, state=init_state(optimizer, lora, mesh),
         weights=weights, init_seconds=init_seconds,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks.gemm import normal
 from qwen_jax.cli import parse, run
 from qwen_jax.kernels.rms_norm import residual_rms_norm
 from qwen_jax.kernels.swiglu import swiglu_gradient
@@ -41,10 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     print("gradient | how | us | GB/s | relative error")
     for name, case in (("SwiGLU", swiglu_case(args)), ("RMS norm", norm_case(args))):
         measure(name, *case, args)
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
 def swiglu_case(args: Args):

@@ -18,6 +18,7 @@ from unittest import mock
 import jax
 
 from benchmarks import train
+from benchmarks.gemm import changes_of, tiling_of
 from qwen_jax import runtime
 from qwen_jax.cli import parse, run
 from qwen_jax.kernels import _pallas_gemm
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _compiled(made: train.Setup, args: Args, text: str):
-    changes = {} if text == "as_is" else dict(part.split("=") for part in text.split(","))
+    changes = {} if text == "as_is" else changes_of(text)
     remat = changes.pop("remat", None)
     how = Compute(
         remat=made.remat if remat is None else Remat.parse(remat, made.cfg.num_layers),
@@ -69,8 +70,7 @@ def _compiled(made: train.Setup, args: Args, text: str):
     )
     if not changes:
         return made.compiled(how)
-    tiling = _pallas_gemm.Tiling(**{key: int(value) for key, value in changes.items()})
-    gemm = functools.partial(_pallas_gemm.gemm, tiling=tiling)
+    gemm = functools.partial(_pallas_gemm.gemm, tiling=tiling_of(changes))
     with mock.patch.object(_pallas_gemm, "gemm", gemm):
         return made.compiled(how)
 

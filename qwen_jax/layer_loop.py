@@ -31,7 +31,7 @@ from qwen_jax.kernels.rms_norm import residual_rms_norm
 from qwen_jax.kernels.swiglu import swiglu
 from qwen_jax.kernels.unfilled import unfilled
 from qwen_jax.quant import Layer
-from qwen_jax.remat import ATTENTION, DOWN, GATE, LOW, SAVED, UP, WEIGHT
+from qwen_jax.remat import ATTENTION, DOWN, GATE, LOW, SAVED, UP
 
 Kept = dict[str, Any]  # name -> what products or attention gave, or the stacks of it
 
@@ -148,8 +148,9 @@ class Recalling(Plain):
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
             known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
-        how = self.compute, self.lean, True
-        y, baton = lora_mlp(xs, weights, pairs, relay.baton, *how, known)
+        y, baton = lora_mlp(
+            xs, weights, pairs, relay.baton, self.compute, self.lean, again=True, known=known
+        )
         return y, relay.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -203,15 +204,11 @@ def run_layers(
     return _run_again(run, x, low, frozen)
 
 
-def _all_but_weights(primitive, *args, **params) -> bool:
-    """A weight lies in its stack: what was cut out of that for a layer would double it, if kept.
-
-    Neither the cut nor what a mesh gathers of it, nor what has its name. (jax 0.10's own
-    save_anything_except_these_names saves all.)
+def _all_but_weights(primitive, *_, **__) -> bool:
+    """A weight lies in its stack: kept once more, what is cut out of that for a layer, or what a
+    mesh gathers of the cut, would double it. What else these make is made again in no time.
     """
-    if primitive.name in ("dynamic_slice", "squeeze", "sharding_constraint"):
-        return False
-    return primitive.name != "name" or params["name"] != WEIGHT
+    return primitive.name not in ("dynamic_slice", "squeeze", "sharding_constraint")
 
 
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
@@ -249,8 +246,8 @@ def _forward(run: Run, x, low, frozen):
         # x is not carried by itself: it would be copied from there to its place.
         inputs, kept = carry
         index, low = per_layer
-        own = dataclasses.replace(mode, index=index, place=run.place(inputs, index))
-        x, kept = run.layer(own, inputs[index], run.start + index, low, frozen, kept)
+        here = dataclasses.replace(mode, index=index, place=run.place(inputs, index))
+        x, kept = run.layer(here, inputs[index], run.start + index, low, frozen, kept)
         return (inputs.at[index + 1].set(x), kept), None
 
     (inputs, kept), _ = jax.lax.scan(body, (inputs, kept), (jnp.arange(run.count), low))
@@ -264,10 +261,10 @@ def _backward(run: Run, residuals, gradient):
     def body(gradient, per_layer):
         index, low = per_layer
         own = jax.tree.map(lambda stack: Layer(stack=stack, index=index), kept)
+        here = dataclasses.replace(mode, place=run.place(inputs, index))
 
         def again(x, low):
-            own_mode = dataclasses.replace(mode, place=run.place(inputs, index))
-            return run.layer(own_mode, x, run.start + index, low, frozen, own)[0]
+            return run.layer(here, x, run.start + index, low, frozen, own)[0]
 
         with jax.named_scope("again"):
             _, pullback = jax.vjp(again, inputs[index], low)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from qwen_jax.adapters import Lora
@@ -26,7 +25,7 @@ from qwen_jax.layer_loop import PLAIN, Plain, Relay, Run, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
 from qwen_jax.quant import Layer, QTensor, QuantFormat
-from qwen_jax.remat import OUT, QKV, WEIGHT, Remat
+from qwen_jax.remat import OUT, QKV, Remat
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
 Params = dict[str, Any]
@@ -113,8 +112,7 @@ def _layer_weights(layers: Params, index: jax.Array, mesh: Mesh | None) -> Param
     """
 
     def cut(stack: jax.Array) -> jax.Array:
-        w = jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
-        return checkpoint_name(w, WEIGHT)
+        return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
     def one(stack: jax.Array | QTensor) -> Weight:
         if isinstance(stack, QTensor) and (mesh is None or mesh.size == 1):

@@ -187,6 +187,13 @@ class Layer:
         )
 
 
+def by_rows(x: jax.Array | Layer | None) -> jax.Array | Layer | None:
+    """Activations [..., D], or a layer of a stack of them [L, ..., D], as [M, D] or [L, M, D]."""
+    if isinstance(x, Layer):
+        return x.replace(stack=x.stack.reshape(len(x.stack), -1, x.stack.shape[-1]))
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
 def pack_nibbles(codes: jax.Array) -> jax.Array:
     """codes uint8 [..., I] below 16 -> uint8 [..., I/2], even index in the low nibble."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

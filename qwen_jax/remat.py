@@ -22,7 +22,6 @@ LEVELS = ("full", "attention", "selective", "none")
 ATTENTION = "attention"  # with its softmax statistics
 QKV, OUT, UP, GATE, DOWN = "qkv", "out", "up", "gate", "down"  # results of its products
 LOW = "low"  # LoRA's narrow products, under a thousandth of the rest
-WEIGHT = "weight"
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": (ATTENTION,),

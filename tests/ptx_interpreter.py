@@ -143,9 +143,6 @@ class Launch:
     def block(self):
         return (self.index // self.threads).astype(U32)
 
-    def blocks(self):
-        return self.const(self.count // self.threads)
-
     @contextlib.contextmanager
     def when(self, condition):
         self.masks.append(condition)
@@ -286,7 +283,7 @@ class Launch:
 def interpreted(launch: Launch, monkeypatch, *modules):
     """Inside, bodies of `modules` run on `launch` when they are called."""
     with monkeypatch.context() as patch:
-        for name in ("const", "real", "add", "mul", "less", "address", "thread", "block", "blocks",
+        for name in ("const", "real", "add", "mul", "less", "address", "thread", "block",
                      "when", "loop", "swap", "asm"):  # fmt: skip
             patch.setattr(ptx, name, getattr(launch, name))
         patch.setattr(ptx, "wide", lambda a: a.astype(U64))

@@ -6,7 +6,11 @@ import re
 import subprocess
 import sys
 
+import pytest
+
+from benchmarks.gemm import changes_of, tiling_of
 from benchmarks.profile import covered
+from qwen_jax.errors import InputError
 
 
 def output_of(*command: str) -> str:
@@ -60,3 +64,16 @@ def test_variants_of_a_step_take_turns():
     rows = [line.split(" | ") for line in lines if line.startswith(("as_is", "remat", "wide"))]
     assert [row[0] for row in rows] == ["as_is", "remat=selective", "wide=4"]
     assert float(rows[0][2]) == 1 and all(float(row[1]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wide", "expected name=value, apart by commas, got 'wide'"),
+        ("wid=4", "no 'wid' to change; did you mean 'wide'"),
+        ("wide=four", "wide=four: expected a whole number"),
+    ],
+)
+def test_a_variant_that_is_none_is_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        tiling_of(changes_of(text))

@@ -275,7 +275,7 @@ def test_rms_norm_and_its_gradient(monkeypatch, D, added, readers):
     total = jnp.asarray(sum(inputs[: 1 + added])).astype(jnp.float32)  # rounded, as x + y is
     _, pullback = jax.vjp(lambda x: rms_norm(x, jnp.asarray(weight, jnp.float32), eps), total)
     want = of_total + pullback(sum(of_norms))[0]
-    shape = {"D": D, "values": training_norm.check(D), "eps": eps, "added": added}
+    shape = {"M": M, "D": D, "values": training_norm.check(D), "eps": eps, "added": added}
 
     def run(body, arrays):
         launch = Launch(M, body.threads, 8 * body.threads // 32)

@@ -1,22 +1,29 @@
 """The layer loop of training with stand-ins for the kernels of a card, against PyTorch."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import assert_trees_close, random_batch, torch_loss_and_grads
+from test_memory import temporary_bytes
+from test_train import (
+    ALL,
+    assert_trees_close,
+    random_batch,
+    random_lora,
+    torch_loss_and_grads,
+)
 from tiny import tiny_config, to_params
 from torch_reference import random_weights
 
 from qwen_jax import layer_loop
-from qwen_jax.adapters import LoraConfig, abstract_lora
+from qwen_jax.adapters import abstract_lora
 from qwen_jax.kernels import _pallas_gemm, _pallas_rms_norm, lora_matmul, rms_norm
-from qwen_jax.params import abstract_params, param_table
+from qwen_jax.params import param_table
 from qwen_jax.quant import QuantFormat, dequantize
 from qwen_jax.remat import LEVELS, Remat
-from qwen_jax.sharding import make_mesh, parse_mesh
 from train.step import Compute, loss_and_grads
 
 MIXED = "selective:1,attention:1,full:1"
@@ -55,13 +62,9 @@ def with_kernels(monkeypatch):
 
 
 def lora_of(cfg, targets: tuple[str, ...]):
-    """Both factors away from zero; pairs that are not trained as zeros, and left out."""
-    rng = np.random.default_rng(0)
-    everything = jax.tree.map(
-        lambda x: jnp.asarray(rng.standard_normal(x.shape) * 0.1, jnp.float32),
-        abstract_lora(cfg, LoraConfig(rank=4, alpha=8.0)),
-    )
-    wanted = abstract_lora(cfg, LoraConfig(rank=4, alpha=8.0, targets=targets))
+    """What is trained; and the same with zeros in place of the pairs that are left out of it."""
+    everything = random_lora(cfg)
+    wanted = abstract_lora(cfg, dataclasses.replace(ALL, targets=targets))
     layers = everything.weights["layers"]
     some = {
         block: {name: layers[block][name] for name in pairs}
@@ -114,46 +117,15 @@ def test_gradients_of_some_targets_with_kernels(with_kernels, remat, targets):
             assert_trees_close(pairs[block][name], pair, rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["selective", "attention:1,selective:2"])
-@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=2", "data=2,tensor=4"])
-def test_what_is_kept_on_a_mesh_is_what_one_device_keeps(mesh, remat):
-    cfg = tiny_config(hidden_size=128, ffn_size=256, num_heads=4, head_dim=32, vocab_size=216)
-    params = to_params(cfg, random_weights(cfg), fmt="nf4")
-    lora, _ = lora_of(cfg, ("all",))
-    batch = random_batch(cfg, (1, 4, 48))
-
-    def on(mesh_text: str, remat: str):
-        mesh = make_mesh(parse_mesh(mesh_text))
-        abstract = (
-            abstract_params(cfg, jnp.float32, QuantFormat.named("nf4"), mesh),
-            abstract_lora(cfg, LoraConfig(rank=4, alpha=8.0), mesh=mesh),
-        )
-        placed = jax.device_put((params, lora), jax.tree.map(lambda x: x.sharding, abstract))
-        compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
-        return jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))(*placed, batch)
-
-    loss, grads, _ = on(mesh, remat)
-    expected_loss, expected, _ = on("1", "full")
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    assert_trees_close(grads, expected, rtol=1e-4)
-
-
 @pytest.mark.parametrize("base", ["nf4", "none"])
 def test_level_none_keeps_no_weights(request, base):
     """They lie in their stacks; dequantized or cut out, they would be kept a second time."""
     if base == "nf4":
         request.getfixturevalue("with_kernels")
     cfg = tiny_config(num_layers=12, hidden_size=128, ffn_size=512)
-    lora = abstract_lora(cfg, LoraConfig(rank=4))
-    tokens = jax.ShapeDtypeStruct((1, 1, 8), jnp.int32)
-    batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
-
-    def temporaries(level: str) -> int:
-        compute = Compute(remat=Remat.parse(level, 12))
-        step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
-        params = abstract_params(cfg, jnp.float32, QuantFormat.named(base))
-        compiled = step.lower(params, lora, batch).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
+    fmt = QuantFormat.named(base)
+    none, full = (
+        temporary_bytes(cfg, 8, Remat.parse(level, 12), fmt=fmt) for level in ("none", "full")
+    )
     one_layer = 4 * (4 * 128 * 64 + 3 * 128 * 512)
-    assert temporaries("none") < temporaries("full") + 3 * one_layer
+    assert none < full + 3 * one_layer

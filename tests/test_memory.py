@@ -76,13 +76,19 @@ def test_bytes_of_a_device_are_those_of_real_shards(fmt):
     assert sum(weight_bytes(cfg, jnp.float32, fmt, sizes).values()) == held
 
 
-def temporary_bytes(cfg: ModelConfig, length: int, remat: Remat, mesh: Mesh | None = None) -> int:
+def temporary_bytes(
+    cfg: ModelConfig,
+    length: int,
+    remat: Remat,
+    mesh: Mesh | None = None,
+    fmt: QuantFormat | None = None,
+) -> int:
     """What XLA allocates for the gradients of a step besides arguments and results."""
     step = functools.partial(loss_and_grads, cfg, compute=Compute(remat=remat, mesh=mesh))
     tokens = jax.ShapeDtypeStruct((1, 1, length), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
     lora = abstract_lora(cfg, LoraConfig(rank=4), mesh=mesh)
-    params = abstract_params(cfg, jnp.float32, None, mesh)
+    params = abstract_params(cfg, jnp.float32, fmt, mesh)
     return jax.jit(step).lower(params, lora, batch).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -88,5 +88,4 @@ def test_kernels_of_a_step(on_a_card, remat, products, expected):
 def test_no_stack_is_filled(on_a_card):
     """But that of the LoRA gradients, which jax.lax.scan makes."""
     text = lowered("selective", "bf16")
-    fills = re.findall(r"broadcast_in_dim .*-> tensor<4x1x512x(\d+)", text)
-    assert fills == []
+    assert re.findall(r"broadcast_in_dim .*-> tensor<[45]x1x(?:16x)?512x?\d*", text) == []

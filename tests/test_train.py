@@ -157,15 +157,21 @@ def test_lora_gradients_match_torch(remat):
         assert_trees_close(grads.weights["layers"][part][name], pair, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fmt", [pytest.param("none", marks=pytest.mark.slow), "nf4"])
-def test_eight_devices_equal_one(fmt):
+@pytest.mark.parametrize(
+    ("fmt", "remat"),
+    [
+        pytest.param("none", "full", marks=pytest.mark.slow), ("nf4", "full"),
+        ("nf4", "selective"), ("nf4", "attention:1,selective:1"),
+    ],
+)  # fmt: skip
+def test_eight_devices_equal_one(fmt, remat):
     cfg = tiny_config(
         hidden_size=128, ffn_size=256, num_heads=4, head_dim=32, vocab_size=216, num_layers=2
     )
     params, lora = to_params(cfg, random_weights(cfg), fmt=fmt), random_lora(cfg)
     batch = random_batch(cfg, (2, 4, 48))
 
-    def on(mesh_text):
+    def on(mesh_text, remat):
         mesh = make_mesh(parse_mesh(mesh_text))
         layout = jax.tree.map(
             lambda x: x.sharding,
@@ -175,10 +181,10 @@ def test_eight_devices_equal_one(fmt):
             ),
         )
         placed = jax.tree.map(jax.device_put, (params, lora), layout)
-        loss, grads, count = jax.device_get(jitted(cfg, *placed, batch, mesh=mesh))
+        loss, grads, count = jax.device_get(jitted(cfg, *placed, batch, remat, mesh=mesh))
         return loss, grads.weights, count
 
-    one, eight = on("1"), on("data=2,fsdp=2,tensor=2")
+    one, eight = on("1", "full"), on("data=2,fsdp=2,tensor=2", remat)
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
     assert eight[2] == one[2]
     assert_trees_close(eight[1], one[1], rtol=1e-4)

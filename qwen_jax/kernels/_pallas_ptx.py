@@ -5,6 +5,7 @@ each function here adds one instruction (or a few) and returns its results. It k
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -230,14 +231,32 @@ def block() -> Value:
     return arith.index_cast(i32(), gpu.block_id(gpu.Dimension.x))
 
 
-def blocks() -> Value:
-    """How many there are."""
-    return arith.index_cast(i32(), gpu.grid_dim(gpu.Dimension.x))
-
-
 def barrier() -> None:
     """Waits for all threads of the block."""
     gpu.barrier()
+
+
+def over_block(
+    combine: Callable[[Value, Value], Value],
+    values: Sequence[Value],
+    warps: int,
+    smem: Value,  # float32, at least one a value and warp
+) -> list[Value]:
+    """Each float32 combined over all threads of the block, in each of them."""
+    base, (_, lane, warp) = address(smem), thread()
+    for i, value in enumerate(values):
+        for distance in (1, 2, 4, 8, 16):
+            value = combine(value, swap(value, distance))
+        with when(less(lane, 1)):
+            at = add(base, mul(add(warp, i * warps), 4))
+            asm("st.shared.f32 [$0], $1;", [at, value])
+    barrier()
+    results = []
+    for i in range(len(values)):
+        ats = [add(base, 4 * (i * warps + other)) for other in range(warps)]
+        parts = [asm("ld.shared.f32 $0, [$1];", [at], [f32()]) for at in ats]
+        results.append(functools.reduce(combine, parts))
+    return results
 
 
 def cluster_barrier() -> None:

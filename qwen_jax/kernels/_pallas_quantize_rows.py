@@ -47,7 +47,7 @@ class Body:
     K: int
 
     def __call__(self, ctx, x_ref, codes_ref, unit_ref, smem):
-        thread, lane, warp = ptx.thread()
+        thread, *_ = ptx.thread()
         row = ptx.block()
         loads = self.K // (_THREADS * _PER_LOAD)
         first = ptx.add(ptx.mul(ptx.wide(row), self.K), ptx.wide(ptx.mul(thread, _PER_LOAD)))
@@ -59,7 +59,7 @@ class Body:
             for word in load:
                 for value in ptx.bfloats(word):
                     most = ptx.larger(value, most)
-        most = self._largest(most, lane, warp, smem)
+        (most,) = ptx.over_block(arith.maximumf, [most], _THREADS // 32, smem)
         most = arith.maximumf(most, ptx.real(1e-30))
         unit = arith.divf(most, ptx.real(448.0))
         factor = arith.divf(ptx.real(448.0), most)
@@ -71,17 +71,3 @@ class Body:
         with ptx.when(ptx.less(thread, 1)):
             at = ptx.add(ptx.address(unit_ref), ptx.mul(ptx.wide(row), 4))
             ptx.asm("st.global.f32 [$0], $1;", [at, unit])
-
-    def _largest(self, value, lane, warp, smem):
-        """The maximum over all threads of the block, in each of them."""
-        for distance in (1, 2, 4, 8, 16):
-            value = arith.maximumf(value, ptx.swap(value, distance))
-        base = ptx.address(smem)
-        with ptx.when(ptx.less(lane, 1)):
-            ptx.asm("st.shared.f32 [$0], $1;", [ptx.add(base, ptx.mul(warp, 4)), value])
-        ptx.barrier()
-        for other in range(_THREADS // 32):
-            at = ptx.add(base, 4 * other)
-            read = ptx.asm("ld.shared.f32 $0, [$1];", [at], [ptx.f32()])
-            value = arith.maximumf(value, read)
-        return value

@@ -57,7 +57,7 @@ class _Body:
     eps: float
 
     def __call__(self, ctx, layer_ref, x_ref, parts_ref, weight_ref, sum_ref, norm_ref, smem):
-        thread, lane, warp = ptx.thread()
+        thread, *_ = ptx.thread()
         block = ptx.block()
         row = arith.divui(block, ptx.const(self.splits))
         rank = arith.remui(block, ptx.const(self.splits))
@@ -77,7 +77,7 @@ class _Body:
         square = ptx.real(0.0)
         for value in new:
             square = ptx.fma(value, value, square)
-        total = self._sum(square, thread, lane, warp, smem)
+        total = self._sum(square, thread, smem)
         mean = arith.divf(total, ptx.real(float(self.D)))
         scale = ptx.inverse_root(arith.addf(mean, ptx.real(self.eps)))
         normed = [ptx.rounded(arith.mulf(value, scale)) for value in new]
@@ -92,20 +92,12 @@ class _Body:
         if self.splits > 1:
             ptx.cluster_barrier()  # nobody leaves while its shared memory is read
 
-    def _sum(self, value, thread, lane, warp, smem):
+    def _sum(self, value, thread, smem):
         """The sum of `value` over all threads of the cluster, in each of them."""
-        for distance in (1, 2, 4, 8, 16):
-            value = arith.addf(value, ptx.swap(value, distance))
-        base = ptx.address(smem)
-        with ptx.when(arith.cmpi(arith.CmpIPredicate.eq, lane, ptx.const(0))):
-            ptx.asm("st.shared.f32 [$0], $1;", [ptx.add(base, ptx.mul(warp, 4)), value])
-        ptx.barrier()
-        text = "ld.shared.f32 $0, [$1];"
-        ats = [ptx.add(base, 4 * w) for w in range(self.threads // 32)]
-        total = ptx.total([ptx.asm(text, [at], [ptx.f32()]) for at in ats])
+        (total,) = ptx.over_block(arith.addf, [value], self.threads // 32, smem)
         if self.splits == 1:
             return total
-        shared = ptx.add(base, 128)  # behind the warps' sums
+        shared = ptx.add(ptx.address(smem), 128)  # behind the warps' sums
         with ptx.when(arith.cmpi(arith.CmpIPredicate.eq, thread, ptx.const(0))):
             ptx.asm("st.shared.f32 [$0], $1;", [shared, total])
         ptx.cluster_barrier()

@@ -31,8 +31,8 @@ def norm(
     eps: float,
 ) -> jax.Array:  # bfloat16 [M, D]
     """Rounds where rms_norm of x + y does."""
-    _, D = x.shape
-    return _call(Norm(D=D, values=check(D), eps=eps, added=y is not None), x, y, weight)
+    M, D = x.shape
+    return _call(Norm(M=M, D=D, values=check(D), eps=eps, added=y is not None), x, y, weight)
 
 
 def gradient(
@@ -44,9 +44,9 @@ def gradient(
     eps: float,
 ) -> jax.Array:  # bfloat16 [M, D]
     """Gradient of x, which is that of y."""
-    _, D = x.shape
+    M, D = x.shape
     body = Gradient(
-        D=D, values=check(D), eps=eps, added=y is not None, readers=len(of_norms)
+        M=M, D=D, values=check(D), eps=eps, added=y is not None, readers=len(of_norms)
     )  # fmt: skip
     return _call(body, x, y, of_total, *of_norms, weight)
 
@@ -71,6 +71,7 @@ def _call(body: "Norm", x: Layer, *others: jax.Array | None) -> jax.Array:
 class Norm:
     """Builds the code of one thread."""
 
+    M: int
     D: int
     values: int  # of a thread
     eps: float
@@ -82,16 +83,18 @@ class Norm:
 
     def __call__(self, ctx, *refs) -> None:
         *refs, out_ref, smem = refs
-        thread, lane, warp = ptx.thread()
+        thread, *_ = ptx.thread()
         row, inputs = self._row(thread), self._inputs(refs, thread)
-        results = self._results(*inputs, lambda sums: self._sums(sums, lane, warp, smem))
+        results = self._results(
+            *inputs, lambda *sums: ptx.over_block(arith.addf, sums, self.threads // 32, smem)
+        )
         out = ptx.add(ptx.address(out_ref), row)
         for i in range(0, self.values, 8):
             text = f"st.global.v4.u32 [$0+{i // 8 * self.threads * 16}], {{$1,$2,$3,$4}};"
             ptx.asm(text, [out, *bfloat16s(results[i : i + 8])])
 
     def _results(self, x, weight, sums) -> list[ptx.Value]:
-        (squares,) = sums([_dot(x, x)])
+        (squares,) = sums(_dot(x, x))
         scale = self._scale(squares)
         normed = [ptx.rounded(arith.mulf(a, scale)) for a in x]
         return [arith.mulf(a, b) for a, b in zip(normed, weight, strict=True)]
@@ -110,8 +113,7 @@ class Norm:
         index_ref, stack_ref, *others, weight_ref = refs
         row, column = self._row(thread), ptx.mul(ptx.wide(thread), 16)
         layer = ptx.wide(ptx.load_word(ptx.address(index_ref)))
-        rows = ptx.mul(ptx.wide(ptx.blocks()), self.D * 2)
-        stack = ptx.add(ptx.address(stack_ref), ptx.mul(layer, rows))
+        stack = ptx.add(ptx.address(stack_ref), ptx.mul(layer, self.M * self.D * 2))
         sources = [ptx.add(base, row) for base in (stack, *map(ptx.address, others))]
         sources.append(ptx.add(ptx.address(weight_ref), column))
         x, *loaded = [_floats(words) for words in map(self._load, sources)]
@@ -125,22 +127,6 @@ class Norm:
         offsets = range(0, self.values // 8 * self.threads * 16, self.threads * 16)
         return [word for offset in offsets for word in ptx.load_words(at, offset)]
 
-    def _sums(self, values, lane, warp, smem) -> list[ptx.Value]:
-        """Each over all threads of the block, in each of them."""
-        base, warps, sums = ptx.address(smem), self.threads // 32, []
-        for i, value in enumerate(values):
-            for distance in (1, 2, 4, 8, 16):
-                value = arith.addf(value, ptx.swap(value, distance))
-            with ptx.when(ptx.less(lane, 1)):
-                at = ptx.add(base, ptx.mul(ptx.add(warp, i * warps), 4))
-                ptx.asm("st.shared.f32 [$0], $1;", [at, value])
-        ptx.barrier()
-        for i in range(len(values)):
-            ats = [ptx.add(base, 4 * (i * warps + other)) for other in range(warps)]
-            parts = [ptx.asm("ld.shared.f32 $0, [$1];", [at], [ptx.f32()]) for at in ats]
-            sums.append(ptx.total(parts))
-        return sums
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradient(Norm):
@@ -153,7 +139,7 @@ class Gradient(Norm):
         for part in more:
             g = [arith.addf(a, b) for a, b in zip(g, part, strict=True)]
         g = [arith.mulf(a, b) for a, b in zip(g, weight, strict=True)]
-        squares, dots = sums([_dot(x, x), _dot(x, g)])
+        squares, dots = sums(_dot(x, x), _dot(x, g))
         scale = self._scale(squares)
         # scale (g - n mean(g n)) for n = scale x
         share = arith.mulf(arith.mulf(scale, scale), arith.mulf(dots, ptx.real(-1 / self.D)))

@@ -6,12 +6,14 @@ its stack, so a weight comes as a `Layer`; it serves one device. Under a mesh of
 come cut out of their stacks, as QTensor, and XLA's pass shards with them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax import quant
-from qwen_jax.kernels.hopper import is_hopper, say_once
+from qwen_jax.kernels.hopper import is_hopper, served
 from qwen_jax.quant import Layer, QTensor
 
 FP8 = jnp.float8_e4m3fn
@@ -79,10 +81,5 @@ def _choose(w: QTensor | Layer, dtype: jnp.dtype, turned: bool) -> str:
     from qwen_jax.kernels import _pallas_dequantize as kernel
 
     use = f"{w.stack.kind} {w.shape} to {dtype}{', turned' if turned else ''}"
-    try:
-        kernel.check(w.stack, dtype, turned)
-    except NotImplementedError as e:
-        say_once(f"dequantization of {use} runs on xla ({e})")
-        return "xla"
-    say_once(f"dequantization of {use} runs on mosaic")
-    return "mosaic"
+    check = functools.partial(kernel.check, w.stack, dtype, turned)
+    return "mosaic" if served(f"dequantization of {use} runs", check) else "xla"

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +31,14 @@ def on_hopper(dtype: jnp.dtype) -> bool:
 def say_once(line: str) -> None:
     """Logs a line the first time that it is true: which implementation of a kernel runs."""
     _log.info(line)
+
+
+def served(use: str, check: Callable[[], object]) -> bool:
+    """Whether a kernel serves the use: `check` raises NotImplementedError if not. Says so once."""
+    try:
+        check()
+    except NotImplementedError as e:
+        say_once(f"{use} on xla ({e})")
+        return False
+    say_once(f"{use} on mosaic")
+    return True

@@ -31,7 +31,7 @@ import numpy as np
 from flax import struct
 
 from qwen_jax.kernels.dequantize import dequantize
-from qwen_jax.kernels.hopper import on_hopper, say_once
+from qwen_jax.kernels.hopper import on_hopper, served
 from qwen_jax.kernels.qmatmul import Weight, fp8_weight, input_gradient, qmatmul
 from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.quant import Layer
@@ -262,10 +262,5 @@ def _fused(x: jax.Array, w: Weight, N: int, K: int, low: jax.Array) -> bool:
         return False
     from qwen_jax.kernels import _pallas_gemm
 
-    try:
-        _pallas_gemm.check(x.size // K, N, K, low.shape[-1])
-    except NotImplementedError as e:
-        say_once(f"products with LoRA over {N} x {K} run on xla ({e})")
-        return False
-    say_once(f"products with LoRA over {N} x {K} run on mosaic")
-    return True
+    use = f"products with LoRA over {N} x {K} run"
+    return served(use, lambda: _pallas_gemm.check(x.size // K, N, K, low.shape[-1]))

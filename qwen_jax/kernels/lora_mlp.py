@@ -21,7 +21,7 @@ from qwen_jax.kernels.lora_matmul import (
 )
 from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.kernels.swiglu import swiglu, swiglu_gradient
-from qwen_jax.quant import Layer
+from qwen_jax.quant import Layer, by_rows
 
 
 @struct.dataclass
@@ -76,11 +76,9 @@ def _backward(compute: str, lean: bool, again: bool, residuals: Any, given):
     slope, down_b = slope_and_b(g, lows[2], of_down)
     h, baton = gradient(g, weights[2], slope, of_down, baton, compute, denses[2])
 
-    flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])  # noqa: E731
     bs = tuple(None if pair is None else pair["b"] for pair in pairs[:2])
-    made = swiglu_gradient(
-        _flat(up), _flat(gate), flat(h), bs, (flat(lows[0]), flat(lows[1])), flat(slope)
-    )
+    up, gate, h, *flat_lows = map(by_rows, (up, gate, h, *lows[:2]))
+    made = swiglu_gradient(up, gate, h, bs, tuple(flat_lows), by_rows(slope))
     slopes = [made.up_slope, made.gate_slope]
     slopes = [None if s is None else s.reshape(*x.shape[:-1], -1) for s in slopes]
     parts = []
@@ -98,10 +96,3 @@ def _backward(compute: str, lean: bool, again: bool, residuals: Any, given):
 
 
 lora_mlp.defvjp(_forward, _backward)
-
-
-def _flat(x: jax.Array | Layer) -> jax.Array | Layer:
-    """[B, T, F] -> [B T, F]"""
-    if isinstance(x, Layer):
-        return x.replace(stack=x.stack.reshape(len(x.stack), -1, x.stack.shape[-1]))
-    return x.reshape(-1, x.shape[-1])

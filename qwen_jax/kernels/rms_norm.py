@@ -12,8 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import on_hopper, say_once
-from qwen_jax.quant import Layer
+from qwen_jax.kernels.hopper import on_hopper, served
+from qwen_jax.quant import Layer, by_rows
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -46,7 +46,7 @@ def _with_kernels(x, y, weight, eps: float, readers: int, place: Layer):
     from qwen_jax.kernels import _pallas_rms_norm
 
     total = x if y is None else x + y
-    norm = _pallas_rms_norm.norm(_flat(place), _flat(y), weight, eps).reshape(x.shape)
+    norm = _pallas_rms_norm.norm(by_rows(place), by_rows(y), weight, eps).reshape(x.shape)
     return total, (norm,) * readers
 
 
@@ -60,7 +60,7 @@ def _backward(eps: float, readers: int, residuals, gradients):
     y, weight, place = residuals
     of_total, of_norms = gradients
     gradient = _pallas_rms_norm.gradient(
-        _flat(place), _flat(y), _flat(of_total), tuple(map(_flat, of_norms)), weight, eps
+        by_rows(place), by_rows(y), by_rows(of_total), tuple(map(by_rows, of_norms)), weight, eps
     ).reshape(of_total.shape)
     return gradient, None if y is None else gradient, None, None
 
@@ -68,22 +68,9 @@ def _backward(eps: float, readers: int, residuals, gradients):
 _with_kernels.defvjp(_forward, _backward)
 
 
-def _flat(x: jax.Array | Layer | None) -> jax.Array | Layer | None:
-    """[..., D] -> [M, D]"""
-    if isinstance(x, Layer):
-        return x.replace(stack=x.stack.reshape(len(x.stack), -1, x.stack.shape[-1]))
-    return None if x is None else x.reshape(-1, x.shape[-1])
-
-
 def _kernels_serve(x: jax.Array) -> bool:
     from qwen_jax.kernels import _pallas_rms_norm
 
     if not on_hopper(x.dtype):
         return False
-    try:
-        _pallas_rms_norm.check(x.shape[-1])
-    except NotImplementedError as e:
-        say_once(f"rms_norm in training runs on xla ({e})")
-        return False
-    say_once("rms_norm in training runs on mosaic")
-    return True
+    return served("rms_norm in training runs", lambda: _pallas_rms_norm.check(x.shape[-1]))

@@ -6,11 +6,13 @@ these reads 100 MB a layer again at 2,048 tokens of 72B. The kernel makes all of
 pass in which it makes the gradients. It serves one Hopper card; XLA does it elsewhere.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from qwen_jax.kernels.hopper import on_hopper, say_once
+from qwen_jax.kernels.hopper import on_hopper, served
 from qwen_jax.quant import Layer
 
 
@@ -86,10 +88,5 @@ def _choose(g: jax.Array, bs, lows, slope) -> str:
     from qwen_jax.kernels import _pallas_swiglu
 
     ranks = {b.shape[0] for b in bs} | {slope.shape[1]}
-    try:
-        _pallas_swiglu.check(*g.shape, ranks)
-    except NotImplementedError as e:
-        say_once(f"the gradient of SwiGLU runs on xla ({e})")
-        return "xla"
-    say_once("the gradient of SwiGLU runs on mosaic")
-    return "mosaic"
+    check = functools.partial(_pallas_swiglu.check, *g.shape, ranks)
+    return "mosaic" if served("the gradient of SwiGLU runs", check) else "xla"

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import on_hopper, say_once
+from qwen_jax.kernels.hopper import on_hopper, served
 from qwen_jax.kernels.packing import PackedWeight, unpack_layer
 
 
@@ -39,10 +39,6 @@ def _choose(w: PackedWeight, dtype: jnp.dtype) -> str:
         return "xla"
     from qwen_jax.kernels import _pallas_unpack
 
-    try:
-        _pallas_unpack.Body(N=w.rows, K=w.padded_size, I=w.in_size).checked()
-    except NotImplementedError as e:
-        say_once(f"unpacking runs on xla, slowly ({e})")
-        return "xla"
-    say_once(f"unpacking of bf16 {w.rows} x {w.in_size} runs on mosaic")
-    return "mosaic"
+    body = _pallas_unpack.Body(N=w.rows, K=w.padded_size, I=w.in_size)
+    use = f"unpacking of bf16 {w.rows} x {w.in_size} runs"
+    return "mosaic" if served(use, body.checked) else "xla"
