@@ -25,13 +25,13 @@ from flax import struct
 
 from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
 from qwen_jax.kernels.hopper import on_hopper
-from qwen_jax.kernels.lora_matmul import lora_matmul, products, written
+from qwen_jax.kernels.lora_matmul import lora_matmul, products
 from qwen_jax.kernels.lora_mlp import Known, lora_mlp
-from qwen_jax.kernels.rms_norm import residual_rms_norm
+from qwen_jax.kernels.rms_norm import add_behind, residual_rms_norm
 from qwen_jax.kernels.swiglu import swiglu
 from qwen_jax.kernels.unfilled import unfilled
-from qwen_jax.quant import Layer
-from qwen_jax.remat import ATTENTION, DOWN, GATE, LOW, SAVED, UP
+from qwen_jax.quant import Layer, written
+from qwen_jax.remat import ATTENTION, DOWN, GATE, LOW, OUT, SAVED, UP
 
 Kept = dict[str, Any]  # name -> what products or attention gave, or the stacks of it
 
@@ -52,9 +52,20 @@ class Plain:
     lean: bool = False  # dequantizes once more for gradients, rather than hold a layer's weights
     place: Layer | None = None  # where the layer's input lies, on one device
 
-    def norm(self, x, y, weight, eps: float, readers: int = 1):
-        """x (+ y) [B, T, D], and its norm for each of the readers: kernels/rms_norm.py."""
-        return residual_rms_norm(x, y, weight, eps, readers=readers, place=self.place)
+    def norm(self, x, y, weight, eps: float, readers: int = 1, kept: Any = None):
+        """x (+ y) [B, T, D], and its norm for each of the readers: kernels/rms_norm.py.
+
+        y is what OUT names: `kept` says where it lies.
+        """
+        where = {"place": self.place, "y_place": self._out_of(kept)}
+        return residual_rms_norm(x, y, weight, eps, readers=readers, **where)
+
+    def _out_of(self, kept: Any) -> Layer | None:
+        return None
+
+    def add(self, x, y) -> jax.Array | Layer:
+        """x + y [B, T, D], the input of the next layer, or where it lies."""
+        return x + y
 
     def multiply(self, names, x, weights, pairs, relay: Relay):
         """Products of x [B, T, I] with weights [*O, I], whose results have these names: ys, each
@@ -120,6 +131,14 @@ class Keeping(Plain):
         y, statistics = attention_and_statistics(q, k, v, **rule)
         return y, self._write(ATTENTION, (y, statistics), kept)
 
+    def add(self, x, y):
+        """As Plain; on one device written to its place, behind the input of this layer."""
+        return x + y if self.place is None else add_behind(self.place, x, y)
+
+    def _out_of(self, kept: Kept | None) -> Layer | None:
+        here = kept is not None and OUT in self.names and self.index is not None
+        return self._place(kept[OUT]) if here else None
+
     def _place(self, stack: jax.Array) -> Layer:
         return Layer(stack=stack, index=self.index)
 
@@ -158,6 +177,9 @@ class Recalling(Plain):
         if ATTENTION not in kept:
             return attention(q, k, v, **rule), kept
         return attention_again(q, k, v, *_cut(kept[ATTENTION]), **rule), kept
+
+    def _out_of(self, kept: Kept | None) -> Layer | None:
+        return None if kept is None else kept.get(OUT)
 
 
 def _low(names: tuple[str, ...]) -> str:
@@ -248,7 +270,8 @@ def _forward(run: Run, x, low, frozen):
         index, low = per_layer
         here = dataclasses.replace(mode, index=index, place=run.place(inputs, index))
         x, kept = run.layer(here, inputs[index], run.start + index, low, frozen, kept)
-        return (inputs.at[index + 1].set(x), kept), None
+        inputs = x.stack if isinstance(x, Layer) else inputs.at[index + 1].set(x)
+        return (inputs, kept), None
 
     (inputs, kept), _ = jax.lax.scan(body, (inputs, kept), (jnp.arange(run.count), low))
     return inputs[run.count], (inputs, kept, low, frozen)

@@ -24,7 +24,7 @@ from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.layer_loop import PLAIN, Plain, Relay, Run, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
 from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
-from qwen_jax.quant import Layer, QTensor, QuantFormat
+from qwen_jax.quant import Layer, QTensor, QuantFormat, with_bounds
 from qwen_jax.remat import OUT, QKV, Remat
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
@@ -199,9 +199,9 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
     with jax.named_scope("attention"):
         y, kept = attend(q, k, v, relay.kept)
     y, relay = project_out(y, w["attn"], low_attn, relay.replace(kept=kept), mode)
-    x, ys = mode.norm(x, y, w["ln_2"], cfg.norm_eps, readers=2)
+    x, ys = mode.norm(x, y, w["ln_2"], cfg.norm_eps, readers=2, kept=relay.kept)
     y, relay = mlp_block(ys, w["mlp"], low_mlp, relay, mode)
-    return x + y, relay.kept
+    return mode.add(x, y), relay.kept
 
 
 def _layer(cfg, mesh, mode, x, index, low, frozen, kept):
@@ -242,8 +242,14 @@ def hidden_states(
     x = embed(params, tokens, mesh) if embedded is None else embedded
     pairs = _gather_pairs(cfg, lora_layers(lora, x.dtype), mesh)
     layer = functools.partial(_layer, cfg, mesh)
-    frozen = (params["layers"], angles, logn, slots, segments)
     alone = mesh is None or mesh.size == 1
+    layers = params["layers"]
+    if compute == "fp8" and alone:  # two passes of every layer would look for them
+        is_quantized = lambda w: isinstance(w, QTensor)  # noqa: E731
+        layers = jax.tree.map(
+            lambda w: with_bounds(w) if is_quantized(w) else w, layers, is_leaf=is_quantized
+        )
+    frozen = (layers, angles, logn, slots, segments)
     for start, stop, level in [(0, cfg.num_layers, "full")] if remat is None else remat.ranges():
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
         run = Run(

@@ -155,6 +155,7 @@ class QTensor:
     scale: jax.Array  # float [*O, I/G]; nf4: codes of the dynamic type, uint8 [*O, I/64]
     scale_absmax: jax.Array | None = None  # nf4: float32 [blocks of 256 scales]
     scale_offset: jax.Array | None = None  # nf4: float32 []
+    bound: jax.Array | None = None  # float32 []: what largest() gives, where that is asked often
     kind: str = struct.field(pytree_node=False, default="int8")
 
     @property
@@ -185,6 +186,17 @@ class Layer:
         return jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), self.stack
         )
+
+
+def as_layer(x: jax.Array | Layer) -> Layer:
+    """An array as the only layer of a stack, for who reads layers."""
+    return x if isinstance(x, Layer) else Layer(stack=x[None], index=jnp.int32(0))
+
+
+def written(into: Layer, y: jax.Array) -> Layer:
+    """The stack [L, ...] with y [...] in the place of the layer."""
+    stack = jax.lax.dynamic_update_index_in_dim(into.stack, y, into.index, 0)
+    return into.replace(stack=stack)
 
 
 def by_rows(x: jax.Array | Layer | None) -> jax.Array | Layer | None:
@@ -297,16 +309,20 @@ def group_scales(q: QTensor) -> jax.Array:
 
 def largest(w: QTensor | Layer) -> jax.Array:
     """A bound on the magnitude of all values, float32 [], from the scales alone; never zero."""
-    if isinstance(w, Layer) and w.stack.kind == "nf4":
-        # Of all layers at once: in a loop over layers XLA can then take it out of the loop.
-        bound = (jnp.max(w.stack.scale_absmax, axis=1) + w.stack.scale_offset)[w.index]
-        return jnp.maximum(bound, 1e-30)
-    q = w.cut() if isinstance(w, Layer) else w
-    if q.kind == "nf4":
-        bound = jnp.max(q.scale_absmax) + q.scale_offset  # the codes of both levels end at 1
+    if isinstance(w, Layer):
+        return largest(w.cut()) if w.stack.bound is None else w.stack.bound[w.index]
+    if w.bound is not None:
+        return w.bound
+    if w.kind == "nf4":
+        bound = jnp.max(w.scale_absmax) + w.scale_offset  # the codes of both levels end at 1
     else:
-        bound = jnp.max(q.scale).astype(jnp.float32) * (127 if q.kind == "int8" else 8)
+        bound = jnp.max(w.scale).astype(jnp.float32) * (127 if w.kind == "int8" else 8)
     return jnp.maximum(bound, 1e-30)
+
+
+def with_bounds(stack: QTensor) -> QTensor:
+    """The stack [L, ...] with the largest of each layer, so that no layer looks for it again."""
+    return stack.replace(bound=jax.vmap(largest)(stack))
 
 
 def dequantize(

@@ -275,22 +275,50 @@ def test_rms_norm_and_its_gradient(monkeypatch, D, added, readers):
     total = jnp.asarray(sum(inputs[: 1 + added])).astype(jnp.float32)  # rounded, as x + y is
     _, pullback = jax.vjp(lambda x: rms_norm(x, jnp.asarray(weight, jnp.float32), eps), total)
     want = of_total + pullback(sum(of_norms))[0]
-    shape = {"M": M, "D": D, "values": training_norm.check(D), "eps": eps, "added": added}
+    rows = {"M": M, "D": D, "values": training_norm.check(D)}
+    shape = rows | {"eps": eps, "added": added}
 
-    def run(body, arrays):
+    def run(body, arrays, outs=1):
         launch = Launch(M, body.threads, 8 * body.threads // 32)
-        stack = np.stack([np.full((M, D), np.nan, BF16), arrays[0]])
-        refs = [launch.array(x) for x in (np.array([1], np.int32), stack, *arrays[1:], weight)]
-        out = launch.array(np.full((M, D), np.nan, BF16))
+        stacks = [in_stack(x, i) for x, i in zip(arrays[: 1 + added], (1, 2), strict=False)]
+        refs = [*stacks, *arrays[1 + added :], weight]
+        refs = [launch.array(x) for x in (np.array([1, 2], np.int32), *refs)]
+        made = [launch.array(np.full((M, D), np.nan, BF16)) for _ in range(outs)]
         with interpreted(launch, monkeypatch, training_norm):
-            body(None, *refs, out, ("shared", 0))
-        return launch.read(out).astype(np.float32)
+            body(None, *refs, *made, ("shared", 0))
+        return [launch.read(out).astype(np.float32) for out in made]
 
-    norm = run(training_norm.Norm(**shape), inputs[: 1 + added])
     exact = rms_norm(jnp.asarray(total, jnp.bfloat16), jnp.asarray(weight), eps)
-    assert (norm == np.asarray(exact, np.float32)).mean() > 0.99  # an ulp of rsqrt may round away
-    gradient = run(training_norm.Gradient(**shape, readers=readers), inputs)
+    for with_total in (False, True) if added else (False,):
+        body = training_norm.Norm(**shape, total=with_total)
+        norm, *sums = run(body, inputs[: 1 + added], 1 + with_total)
+        # An ulp of rsqrt may round away.
+        assert (norm == np.asarray(exact, np.float32)).mean() > 0.99
+        for of_both in sums:
+            np.testing.assert_array_equal(of_both, total)
+    (gradient,) = run(training_norm.Gradient(**shape, readers=readers), inputs)
     assert relative_error(gradient, want) < 2**-8
+
+
+def in_stack(x, layer: int):
+    """Of four layers; the others are NaN."""
+    return np.stack([x if i == layer else np.full_like(x, np.nan) for i in range(4)])
+
+
+@pytest.mark.parametrize("D", [1024, 10240])
+def test_sum_behind_a_layer(monkeypatch, D):
+    """Nothing else of the stack changes."""
+    M = 3
+    x, y = (normal(i, (M, D), jnp.bfloat16) for i in range(2))
+    before = normal(2, (4, M, D), jnp.bfloat16)
+    body = training_norm.Sum(M=M, D=D, values=training_norm.check(D))
+    launch = Launch(M, body.threads, 0)
+    index, *refs = (launch.array(a) for a in (np.array([2], np.int32), x, y, before))
+    with interpreted(launch, monkeypatch, training_norm):
+        body(None, index, *refs)
+    want = before.copy()
+    want[2] = np.asarray(jnp.asarray(x) + jnp.asarray(y))
+    np.testing.assert_array_equal(launch.read(refs[-1]).astype(np.float32), want.astype(np.float32))
 
 
 def test_reads_outside_an_array_are_seen(monkeypatch):

@@ -1,11 +1,12 @@
-"""Mosaic GPU bodies of residual addition and RMS norm, and of their gradient: a thread block has
-one row, in registers from the sums over it to the result.
+"""Mosaic GPU bodies of residual addition, of RMS norm behind one, and of its gradient: a thread
+block has one row, in registers from the sums over it to the result.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
@@ -26,18 +27,23 @@ def check(D: int) -> int:
 
 def norm(
     x: Layer,  # bfloat16 stack [L, M, D]
-    y: jax.Array | None,  # bfloat16 [M, D], to be added first
+    y: Layer | None,  # the same, to be added first
     weight: jax.Array,  # bfloat16 [D]
     eps: float,
-) -> jax.Array:  # bfloat16 [M, D]
-    """Rounds where rms_norm of x + y does."""
+    *,
+    total: bool = False,
+) -> list[jax.Array]:  # bfloat16 [M, D]
+    """The norm, and x + y if the `total` is wanted; rounds where rms_norm of x + y does."""
     M, D = x.shape
-    return _call(Norm(M=M, D=D, values=check(D), eps=eps, added=y is not None), x, y, weight)
+    body = Norm(
+        M=M, D=D, values=check(D), eps=eps, added=y is not None, total=total and y is not None
+    )  # fmt: skip
+    return _call(body, x, y, weight, outs=1 + body.total)
 
 
 def gradient(
     x: Layer,  # bfloat16 stack [L, M, D]
-    y: jax.Array | None,  # bfloat16 [M, D]: the norm was that of x + y
+    y: Layer | None,  # the same: the norm was that of x + y
     of_total: jax.Array,  # bfloat16 [M, D]: gradient of x + y, but for that of the norm
     of_norms: tuple[jax.Array, ...],  # bfloat16 [M, D]: gradient of the norm is their sum
     weight: jax.Array,  # bfloat16 [D]
@@ -48,14 +54,34 @@ def gradient(
     body = Gradient(
         M=M, D=D, values=check(D), eps=eps, added=y is not None, readers=len(of_norms)
     )  # fmt: skip
-    return _call(body, x, y, of_total, *of_norms, weight)
+    (made,) = _call(body, x, y, of_total, *of_norms, weight)
+    return made
 
 
-def _call(body: "Norm", x: Layer, *others: jax.Array | None) -> jax.Array:
+def add_behind(
+    place: Layer,  # bfloat16 stack [L, M, D]
+    x: jax.Array,  # bfloat16 [M, D]
+    y: jax.Array,  # bfloat16 [M, D]
+) -> jax.Array:
+    """The stack with x + y behind that place, in place."""
+    M, D = x.shape
+    body = Sum(M=M, D=D, values=check(D))
+    mesh = plgpu.Mesh(
+        grid=(M,), grid_names=("row",), num_threads=body.threads // 128, thread_name="warpgroup"
+    )
+    run = pl.kernel(
+        ptx.of_threads(body), out_type=(), mesh=mesh, compiler_params=ptx.LANE, name="sum_behind"
+    )
+    ref = jax.new_ref(place.stack)
+    run(jnp.asarray(place.index + 1, jnp.int32).reshape(1), x, y, ref)
+    return jax.freeze(ref)
+
+
+def _call(body: "Norm", x: Layer, y: Layer | None, *others: jax.Array, outs: int = 1):
     M, D = x.shape
     run = plgpu.kernel(
         ptx.of_threads(body),
-        out_type=jax.ShapeDtypeStruct((M, D), jnp.bfloat16),
+        out_type=(jax.ShapeDtypeStruct((M, D), jnp.bfloat16),) * outs,
         grid=(M,),
         grid_names=("row",),
         num_threads=body.threads // 128,
@@ -63,35 +89,89 @@ def _call(body: "Norm", x: Layer, *others: jax.Array | None) -> jax.Array:
         scratch_types=[plgpu.SMEM((2 * body.threads // 32,), jnp.float32)],
         compiler_params=ptx.LANE,
     )
-    index = jnp.asarray(x.index, jnp.int32).reshape(1)
-    return run(index, x.stack, *(a for a in others if a is not None))
+    layers = [layer for layer in (x, y) if layer is not None]
+    index = jnp.stack([layer.index for layer in layers]).astype(jnp.int32)
+    return run(index, *(layer.stack for layer in layers), *others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Norm:
-    """Builds the code of one thread."""
+class Rows:
+    """Where a thread finds its values of a row."""
 
     M: int
     D: int
     values: int  # of a thread
-    eps: float
-    added: bool  # x comes in two parts
 
     @property
     def threads(self) -> int:
         return self.D // self.values
 
-    def __call__(self, ctx, *refs) -> None:
-        *refs, out_ref, smem = refs
+    def _row(self, thread) -> ptx.Value:
+        """Bytes from the start of an array [M, D] to the first values of a thread."""
+        row = ptx.mul(ptx.wide(ptx.block()), self.D * 2)
+        return ptx.add(row, ptx.mul(ptx.wide(thread), 16))
+
+    def _layer(self, index_ref, which: int, stack_ref) -> ptx.Value:
+        """Where a layer of a stack starts."""
+        layer = ptx.wide(ptx.load_word(ptx.add(ptx.address(index_ref), 4 * which)))
+        return ptx.add(ptx.address(stack_ref), ptx.mul(layer, self.M * self.D * 2))
+
+    def _load(self, at) -> list[ptx.Value]:
+        """This thread's values in float32: eight neighbours, and eight further on in the row."""
+        words = [word for offset in self._offsets() for word in ptx.load_words(at, offset)]
+        return [value for word in words for value in ptx.bfloats(word)]
+
+    def _store(self, at, values: list[ptx.Value]) -> None:
+        for i, offset in enumerate(self._offsets()):
+            text = f"st.global.v4.u32 [$0+{offset}], {{$1,$2,$3,$4}};"
+            ptx.asm(text, [at, *bfloat16s(values[8 * i : 8 * i + 8])])
+
+    def _offsets(self) -> range:
+        return range(0, self.values // 8 * self.threads * 16, self.threads * 16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sum(Rows):
+    """Builds the code of one thread."""
+
+    def __call__(self, ctx, index_ref, x_ref, y_ref, stack_ref) -> None:
         thread, *_ = ptx.thread()
-        row, inputs = self._row(thread), self._inputs(refs, thread)
+        row = self._row(thread)
+        x, y = (self._load(ptx.add(ptx.address(ref), row)) for ref in (x_ref, y_ref))
+        out = ptx.add(self._layer(index_ref, 0, stack_ref), row)
+        self._store(out, [arith.addf(a, b) for a, b in zip(x, y, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm(Rows):
+    """The same, of the norm."""
+
+    eps: float
+    added: bool  # x comes in two parts
+    total: bool = False  # their sum is stored as well
+
+    def __call__(self, ctx, index_ref, *refs) -> None:
+        *refs, smem = refs
+        thread, *_ = ptx.thread()
+        row = self._row(thread)
+        stacks, others = refs[: 1 + self.added], refs[1 + self.added :]
+        outs = [ptx.add(ptx.address(ref), row) for ref in others[len(others) - 1 - self.total :]]
+        *others, weight_ref = others[: len(others) - 1 - self.total]
+        sources = [self._layer(index_ref, i, ref) for i, ref in enumerate(stacks)]
+        sources = [ptx.add(base, row) for base in (*sources, *map(ptx.address, others))]
+        sources.append(ptx.add(ptx.address(weight_ref), ptx.mul(ptx.wide(thread), 16)))
+        x, *loaded = map(self._load, sources)
+        if self.added:
+            y, *loaded = loaded
+            x = [ptx.rounded(arith.addf(a, b)) for a, b in zip(x, y, strict=True)]
+        if self.total:
+            self._store(outs[1], x)
         results = self._results(
-            *inputs, lambda *sums: ptx.over_block(arith.addf, sums, self.threads // 32, smem)
+            x,
+            *loaded,
+            lambda *sums: ptx.over_block(arith.addf, sums, self.threads // 32, smem),
         )
-        out = ptx.add(ptx.address(out_ref), row)
-        for i in range(0, self.values, 8):
-            text = f"st.global.v4.u32 [$0+{i // 8 * self.threads * 16}], {{$1,$2,$3,$4}};"
-            ptx.asm(text, [out, *bfloat16s(results[i : i + 8])])
+        self._store(outs[0], results)
 
     def _results(self, x, weight, sums) -> list[ptx.Value]:
         (squares,) = sums(_dot(x, x))
@@ -102,30 +182,6 @@ class Norm:
     def _scale(self, squares) -> ptx.Value:
         mean = arith.mulf(squares, ptx.real(1 / self.D))
         return ptx.inverse_root(arith.addf(mean, ptx.real(self.eps)))
-
-    def _row(self, thread) -> ptx.Value:
-        """Bytes from the start of an array [M, D] to the first values of a thread."""
-        row = ptx.mul(ptx.wide(ptx.block()), self.D * 2)
-        return ptx.add(row, ptx.mul(ptx.wide(thread), 16))
-
-    def _inputs(self, refs, thread) -> list[list[ptx.Value]]:
-        """x + y, what else there is, and the weight, in float32."""
-        index_ref, stack_ref, *others, weight_ref = refs
-        row, column = self._row(thread), ptx.mul(ptx.wide(thread), 16)
-        layer = ptx.wide(ptx.load_word(ptx.address(index_ref)))
-        stack = ptx.add(ptx.address(stack_ref), ptx.mul(layer, self.M * self.D * 2))
-        sources = [ptx.add(base, row) for base in (stack, *map(ptx.address, others))]
-        sources.append(ptx.add(ptx.address(weight_ref), column))
-        x, *loaded = [_floats(words) for words in map(self._load, sources)]
-        if self.added:
-            y, *loaded = loaded
-            x = [ptx.rounded(arith.addf(a, b)) for a, b in zip(x, y, strict=True)]
-        return [x, *loaded]
-
-    def _load(self, at) -> list[ptx.Value]:
-        """Words of this thread's values: eight neighbours, and eight further on in the row."""
-        offsets = range(0, self.values // 8 * self.threads * 16, self.threads * 16)
-        return [word for offset in offsets for word in ptx.load_words(at, offset)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,10 +203,6 @@ class Gradient(Norm):
             ptx.fma(scale, ptx.fma(a, share, b), rest)
             for a, b, rest in zip(x, g, of_total, strict=True)
         ]
-
-
-def _floats(words: list[ptx.Value]) -> list[ptx.Value]:
-    return [value for word in words for value in ptx.bfloats(word)]
 
 
 def _dot(x: list[ptx.Value], y: list[ptx.Value]) -> ptx.Value:

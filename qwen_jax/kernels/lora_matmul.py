@@ -34,7 +34,7 @@ from qwen_jax.kernels.dequantize import dequantize
 from qwen_jax.kernels.hopper import on_hopper, served
 from qwen_jax.kernels.qmatmul import Weight, fp8_weight, input_gradient, qmatmul
 from qwen_jax.kernels.quantize_rows import quantize_rows
-from qwen_jax.quant import Layer
+from qwen_jax.quant import Layer, written
 
 Pair = dict[str, Any]  # a [R, I], b [R, *O]: as model.lora_layers gives it
 
@@ -206,12 +206,6 @@ def gradient(
     return y, baton
 
 
-def written(into: Layer, y: jax.Array) -> Layer:
-    """The stack [L, ...] with y [...] in the place of the layer."""
-    stack = jax.lax.dynamic_update_index_in_dim(into.stack, y, into.index, 0)
-    return into.replace(stack=stack)
-
-
 def _operands(
     x: jax.Array,  # [..., K]
     w: Layer,
@@ -235,6 +229,8 @@ def _operands(
         # has a scale that may be flushed to zero, and nothing to divide.
         divisor = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None]
         low = (low.astype(jnp.float32) / divisor).astype(low.dtype)
+        # Else the baton is computed from what low is made of, and is there before low is.
+        low, scale = jax.lax.optimization_barrier((low, scale))
     else:
         dense = dequantize(w, x.dtype).reshape(-1, w.shape[-1])
     return x, dense, low, scale, _zero_after(x, dense, low)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen_jax.kernels.hopper import on_hopper, served
-from qwen_jax.quant import Layer
+from qwen_jax.quant import Layer, as_layer
 
 
 @struct.dataclass
@@ -52,7 +52,7 @@ def swiglu_gradient(
             raise NotImplementedError("the kernel multiplies with the pairs of up, gate and down")
         from qwen_jax.kernels import _pallas_swiglu
 
-        return Gradient(*_pallas_swiglu.gradient(_layer(up), _layer(gate), g, bs, lows, slope))
+        return Gradient(*_pallas_swiglu.gradient(as_layer(up), as_layer(gate), g, bs, lows, slope))
     if chosen != "xla":
         raise ValueError(f"swiglu_gradient implementation {chosen!r}: expected 'mosaic' or 'xla'")
     up, gate = (x.cut() if isinstance(x, Layer) else x for x in (up, gate))
@@ -76,10 +76,6 @@ def _product(x: jax.Array | None, y: jax.Array | None, of_x: int, of_y: int) -> 
     if x is None or y is None:
         return None
     return jax.lax.dot_general(x, y, (((of_x,), (of_y,)), ((), ())))
-
-
-def _layer(x: jax.Array | Layer) -> Layer:
-    return x if isinstance(x, Layer) else Layer(stack=x[None], index=jnp.int32(0))
 
 
 def _choose(g: jax.Array, bs, lows, slope) -> str:
