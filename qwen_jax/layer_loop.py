@@ -26,9 +26,8 @@ from flax import struct
 from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
 from qwen_jax.kernels.hopper import on_hopper
 from qwen_jax.kernels.lora_matmul import lora_matmul, products
-from qwen_jax.kernels.lora_mlp import Known, lora_mlp
+from qwen_jax.kernels.lora_mlp import Known, down_products, lora_mlp
 from qwen_jax.kernels.rms_norm import add_behind, residual_rms_norm
-from qwen_jax.kernels.swiglu import swiglu
 from qwen_jax.kernels.unfilled import unfilled
 from qwen_jax.quant import Layer, written
 from qwen_jax.remat import ATTENTION, DOWN, GATE, LOW, OUT, SAVED, UP
@@ -120,9 +119,18 @@ class Keeping(Plain):
 
     def mlp(self, xs, weights, pairs, relay: Relay):
         """As Plain."""
-        (up, gate), relay = self.multiply((UP, GATE), xs[0], weights[:2], pairs[:2], relay)
-        (y,), relay = self.multiply((DOWN,), swiglu(up, gate), weights[2:], pairs[2:], relay)
-        return y, relay
+        names = (UP, GATE)
+        ys, relay = self.multiply(names, xs[0], weights[:2], pairs[:2], relay)
+        kept = relay.kept
+        if self.index is not None:  # a kernel reads them where they lie
+            ys = [
+                self._place(kept[name]) if name in self.names else y
+                for name, y in zip(names, ys, strict=True)
+            ]
+        made = down_products(*ys, weights[2], pairs[2], relay.baton, self.compute)
+        if LOW in self.names:
+            kept = self._write(_low((DOWN,)), made.lows, kept)
+        return made.ys[0], Relay(baton=made.baton, kept=kept)
 
     def attend(self, q, k, v, kept: Kept, **rule):
         """As Plain."""

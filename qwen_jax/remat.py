@@ -6,7 +6,7 @@
     selective   the outputs of all GEMMs but the last as well       180,480
     none        everything that the backward pass reads
 
-Layers may differ: `selective:44,full:36` spends whatever memory is left where it saves time. A
+Layers may differ: `full:36,selective:44` spends whatever memory is left where it saves time. A
 named output that is kept saves the GEMM that made it; every one of them costs the same bytes for
 the same saved work, so what counts is only how many fit. This file knows names, not the layers.
 """
@@ -37,7 +37,7 @@ class Remat:
 
     @classmethod
     def parse(cls, text: str, num_layers: int) -> "Remat":
-        """`selective`, or `selective:44,full:36`; InputError if it does not fit the layers."""
+        """`selective`, or `full:36,selective:44`; InputError if it does not fit the layers."""
         if text in LEVELS:
             return cls(((num_layers, text),))
         runs = []
@@ -46,7 +46,7 @@ class Remat:
             if level not in LEVELS:
                 raise InputError(
                     f"--remat {text!r}: unknown level {level!r}{did_you_mean(level, LEVELS)}; "
-                    f"expected one of {', '.join(LEVELS)}, or layers such as selective:44,full:36"
+                    f"expected one of {', '.join(LEVELS)}, or layers such as full:36,selective:44"
                 )
             if not count.isascii() or not count.isdigit() or int(count) < 1:
                 raise InputError(f"--remat {text!r}: {part!r} needs a number of layers over 0")

@@ -1,5 +1,7 @@
 """The bodies of the decode kernels, interpreted on the CPU, against their references."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from qwen_jax.kernels import _pallas_quantize_rows as rows_body
 from qwen_jax.kernels import _pallas_residual_norm as norm_body
 from qwen_jax.kernels import _pallas_rms_norm as training_norm
 from qwen_jax.kernels import _pallas_swiglu as swiglu_body
+from qwen_jax.kernels import _pallas_swiglu_low as low_body
 from qwen_jax.kernels import _pallas_unpack as unpack_body
 from qwen_jax.kernels.append_tokens import append_tokens_xla
 from qwen_jax.kernels.decode_attention import decode_attention_xla
@@ -22,11 +25,11 @@ from qwen_jax.kernels.packing import pack, pack_layer
 from qwen_jax.kernels.quantize_rows import quantize_rows_xla
 from qwen_jax.kernels.residual_norm import residual_norm_xla
 from qwen_jax.kernels.rms_norm import rms_norm
-from qwen_jax.kernels.swiglu import swiglu_gradient_xla
+from qwen_jax.kernels.swiglu import swiglu_gradient_xla, swiglu_narrow
 from qwen_jax.kernels.unpack import unpack
 from qwen_jax.quant import QuantFormat, dequantize, group_scales, quantize, quantize_heads
 
-BF16 = np.dtype(jnp.bfloat16)
+BF16, FP8 = np.dtype(jnp.bfloat16), np.dtype(jnp.float8_e4m3fn)
 SHARED = ("shared", 512)
 
 
@@ -261,6 +264,41 @@ def test_gradient_of_swiglu(monkeypatch, M, F, R):
     # Both round a sum to 8 bits, or an operand of it one step apart.
     for a, b in zip(ours, jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 2**-8
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8, None])
+@pytest.mark.parametrize(("M", "F", "R", "across"), [(16, 3840, 8, 3), (24, 384, 16, 1)])
+def test_swiglu_with_its_narrow_product(monkeypatch, M, F, R, across, dtype):
+    """Layer 1 of one stack and 0 of another; h where it is wanted."""
+    inputs = [normal(i, s, jnp.bfloat16) for i, s in enumerate([(2, M, F), (1, M, F), (R, F)])]
+    up, gate, a = (jnp.asarray(x) for x in inputs)
+    want = swiglu_narrow(up[1], gate[0], a, a.dtype, implementation="xla")
+
+    body = dataclasses.replace(low_body.check(M, F, R, rounds=True), dtype=dtype)
+    assert body.across == across
+    launch = Launch(
+        M // 8 * across, 32 * body.warps, 4 * body.shared_floats, across if body.rounds else 1
+    )
+    shapes = [((across, M, R), np.float32)]
+    shapes += [((M, F), dtype)] if dtype else []
+    shapes += [((M,), np.float32)] if body.rounds else []
+    outs = [
+        launch.array(np.full(*of)) for of in ((s, 0 if k == FP8 else np.nan, k) for s, k in shapes)
+    ]
+    refs = [launch.array(x) for x in (np.array([1, 0], np.int32), *inputs)]
+    with interpreted(launch, monkeypatch, low_body, swiglu_body):
+        body(None, *refs, *outs, ("shared", 0))
+    low, *made = (launch.read(out).astype(np.float32) for out in outs)
+    assert relative_error(low.sum(0), want.low) < 2**-8
+    h = np.asarray(want.h, np.float32)
+    if dtype == BF16:
+        assert (made[0] == h).mean() > 0.99  # the order of two multiplications may round away
+        assert relative_error(made[0], h) < 2**-9
+    if dtype == FP8:
+        codes, unit = quantize_rows_xla(want.h)
+        np.testing.assert_allclose(made[1], unit, rtol=2**-7)
+        assert relative_error(made[0] * made[1][:, None], h) < 2**-4
+        assert (made[0] == np.asarray(codes, np.float32)).mean() > 0.98
 
 
 @pytest.mark.parametrize(("D", "added", "readers"), [(1024, False, 1), (6144, True, 2)])

@@ -55,7 +55,7 @@ def with_kernels(monkeypatch):
     def add_behind(place, x, y):
         return place.stack.at[place.index + 1].set(x + y)
 
-    monkeypatch.setattr(lora_matmul, "_fused", lambda *_: True)
+    monkeypatch.setattr(lora_matmul, "fused", lambda *_: True)
     monkeypatch.setattr(_pallas_gemm, "gemm", gemm)
     monkeypatch.setattr(rms_norm, "kernels_serve", lambda x: True)
     monkeypatch.setattr(_pallas_rms_norm, "norm", norm)

@@ -66,7 +66,7 @@ def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute, limit
         y = x.astype(jnp.float32) @ (w if turned else w.T).astype(jnp.float32) + low @ b
         return y if scale is None else y * scale[:, None]
 
-    monkeypatch.setattr(lora_products, "_fused", lambda *_: True)
+    monkeypatch.setattr(lora_products, "fused", lambda *_: True)
     monkeypatch.setattr(_pallas_gemm, "gemm", gemm)
 
     def run(baton, gradient_of_baton, recalled=False, lean=False):

@@ -65,14 +65,17 @@ def calls(text: str) -> dict[str, int]:
     ("remat", "products", "expected"),
     [
         # Forward and backward: five products, each after a weight's dequantization; and one sum.
-        ("selective", "bf16", {"gemm or sum": 11, "dequantize": 10, "fmhaSoftmax": 1, "rms_norm": 6}),
+        ("selective", "bf16",
+         {"gemm or sum": 11, "dequantize": 10, "fmhaSoftmax": 1, "rms_norm": 6, "swiglu_low": 1}),
         # Four products more, and attention; the weights are dequantized for each of the three.
-        ("full", "bf16", {"gemm or sum": 15, "dequantize": 14, "fmhaSoftmax": 2, "rms_norm": 6}),
+        ("full", "bf16",
+         {"gemm or sum": 15, "dequantize": 14, "fmhaSoftmax": 2, "rms_norm": 6, "swiglu_low": 2}),
         # Layers that keep nothing, but not for want of memory: once for the second and third.
         ("attention:1,full:3", "bf16",
-         {"gemm or sum": 30, "dequantize": 20, "fmhaSoftmax": 3, "rms_norm": 12}),
+         {"gemm or sum": 30, "dequantize": 20, "fmhaSoftmax": 3, "rms_norm": 12,
+          "swiglu_low": 4}),
         ("selective", "fp8", {"gemm or sum": 11, "dequantize": 10, "fmhaSoftmax": 1, "rms_norm": 6,
-                              "quantize_rows": 10}),
+                              "quantize_rows": 9, "swiglu_low": 1}),
     ],
 )  # fmt: skip
 def test_kernels_of_a_step(on_a_card, remat, products, expected):

@@ -271,9 +271,13 @@ def _add_pairs(sums, tile, lows):
 
 def _gradients(up, gate, g):
     """Of up and of gate, and up * silu(gate)."""
-    power = ptx.exp2(arith.mulf(gate, ptx.real(-math.log2(math.e))))
-    sigmoid = ptx.inverse(arith.addf(power, ptx.real(1.0)))
+    sigmoid = sigmoid_of(gate)
     silu = arith.mulf(gate, sigmoid)
     # sigmoid + silu (1 - sigmoid)
     slope = ptx.fma(silu, arith.subf(ptx.real(1.0), sigmoid), sigmoid)
     return arith.mulf(g, silu), arith.mulf(arith.mulf(g, up), slope), arith.mulf(up, silu)
+
+
+def sigmoid_of(x: ptx.Value) -> ptx.Value:
+    power = ptx.exp2(arith.mulf(x, ptx.real(-math.log2(math.e))))
+    return ptx.inverse(arith.addf(power, ptx.real(1.0)))

@@ -163,14 +163,17 @@ def product(
     baton: jax.Array,
     compute: str,
     into: Layer | None = None,  # a stack [L, *rows, *O]
+    unit: jax.Array | None = None,  # float32 [M]: x is in e4m3, its rows are multiples of it
 ) -> tuple[jax.Array | Layer, jax.Array, jax.Array | None]:
     """x @ W^T + low @ b, [*rows, *O] or the stack; the baton; the weight as the kernel read it, if
     that of the gradient will read the same.
     """
     *out, I = w.shape
-    if pair is not None and _fused(x, w, math.prod(out), I, low):
+    if pair is not None and fused(x.size // I, w, math.prod(out), I, low.dtype, low.shape[-1]):
         b, shape = pair["b"].reshape(len(pair["b"]), -1), (*x.shape[:-1], *out)
-        flat, dense, low, scale, baton = _operands(x, w, low, baton, compute, backward=False)
+        flat, dense, low, scale, baton = _operands(
+            x, w, low, baton, compute, backward=False, unit=unit
+        )
         y = _gemm(flat, dense, low, b, scale, shape, into)
         return y, baton, dense if scale is None else None
     y = qmatmul(x, w, compute)
@@ -190,9 +193,10 @@ def gradient(
 ) -> tuple[jax.Array, jax.Array]:  # [*rows, I], the baton
     """g @ W + slope @ a."""
     *out, I = w.shape
-    if pair is not None and _fused(g, w, I, math.prod(out), slope):
+    K = math.prod(out)
+    if pair is not None and fused(g.size // K, w, I, K, slope.dtype, slope.shape[-1]):
         rows = g.shape[: g.ndim - len(out)]
-        flat, scale = g.reshape(-1, math.prod(out)), None
+        flat, scale = g.reshape(-1, K), None
         if dense is None:
             flat, dense, slope, scale, baton = _operands(
                 flat, w, slope, baton, compute, backward=True
@@ -214,6 +218,7 @@ def _operands(
     compute: str,
     *,
     backward: bool,  # K are the outputs of the weight, N its inputs
+    unit: jax.Array | None = None,  # of x, if it is in e4m3 already
 ):
     """What the kernel reads: x [M, K], the weight, low [M, R], scale [M] or None; the baton."""
     # Never true, not of NaN either: a wrong number would be a read outside the stack.
@@ -221,10 +226,11 @@ def _operands(
     x = x.reshape(-1, x.shape[-1])
     low, scale = low.reshape(len(x), -1), None
     if compute == "fp8":
-        x, step = quantize_rows(x)
-        dense, unit = fp8_weight(w, turned=backward)
+        if unit is None:
+            x, unit = quantize_rows(x)
+        dense, of_weight = fp8_weight(w, turned=backward)
         dense = dense.reshape(-1, x.shape[-1])
-        scale = step * unit
+        scale = unit * of_weight
         # The kernel scales the whole sum, so the low-rank term comes divided by it. A row of zeros
         # has a scale that may be flushed to zero, and nothing to divide.
         divisor = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None]
@@ -252,11 +258,11 @@ def _zero_after(*arrays: jax.Array) -> jax.Array:  # float32 []
     return sum(jnp.minimum(jnp.abs(first), 0) for first in firsts)
 
 
-def _fused(x: jax.Array, w: Weight, N: int, K: int, low: jax.Array) -> bool:
-    """Whether the kernel serves a product with N columns over K inputs; says so."""
-    if not isinstance(w, Layer) or not on_hopper(x.dtype):
+def fused(M: int, w: Weight, N: int, K: int, dtype: jnp.dtype, rank: int) -> bool:
+    """Whether the kernel serves the product of M rows over K inputs with N columns; says so."""
+    if not isinstance(w, Layer) or not on_hopper(dtype):
         return False
     from qwen_jax.kernels import _pallas_gemm
 
     use = f"products with LoRA over {N} x {K} run"
-    return served(use, lambda: _pallas_gemm.check(x.size // K, N, K, low.shape[-1]))
+    return served(use, lambda: _pallas_gemm.check(M, N, K, rank))

@@ -5,22 +5,26 @@ stands between them (swiglu.py) makes what the pairs on both sides need.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from qwen_jax.kernels.dequantize import FP8
 from qwen_jax.kernels.lora_matmul import (
     Pair,
+    Products,
+    fused,
     gradient,
-    narrow,
     narrow_gradients,
+    product,
     products,
     slope_and_b,
 )
 from qwen_jax.kernels.qmatmul import Weight
-from qwen_jax.kernels.swiglu import swiglu, swiglu_gradient
+from qwen_jax.kernels.swiglu import swiglu, swiglu_gradient, swiglu_narrow
 from qwen_jax.quant import Layer, by_rows
 
 
@@ -55,16 +59,45 @@ def _forward(xs, weights, pairs, baton, compute: str, lean: bool, again: bool, k
     else:
         first = products(x, weights[:2], pairs[:2], baton, compute)
         (up, gate), baton = first.ys, first.baton
-        h = swiglu(up, gate)
         if again:
-            lows, dense = (*first.lows, *narrow(h, pairs[2:])), (*first.dense, None)
+            low = None if pairs[2] is None else _hidden(up, gate, pairs[2], None)[0]
+            lows, dense = (*first.lows, low), (*first.dense, None)
         else:
-            last = products(h, weights[2:], pairs[2:], baton, compute)
+            last = down_products(up, gate, weights[2], pairs[2], baton, compute)
             (y,), baton = last.ys, last.baton
             lows, dense = (*first.lows, *last.lows), (*first.dense, *last.dense)
     if lean:
         dense = (None, None, None)
     return (y, baton), (x, weights, pairs, up, gate, lows, dense, baton)
+
+
+def down_products(
+    up: jax.Array | Layer,  # [*rows, F], or a layer of a stack
+    gate: jax.Array | Layer,
+    w: Weight,  # [D, F]
+    pair: Pair | None,
+    baton: jax.Array,
+    compute: str,
+) -> Products:
+    """lora_matmul.products of up * silu(gate) with one weight."""
+    if pair is None:
+        up, gate = (x.cut() if isinstance(x, Layer) else x for x in (up, gate))
+        return products(swiglu(up, gate), (w,), (None,), baton, compute)
+    *rows, F = up.shape
+    (D, _), rank, dtype = w.shape, *pair["a"].shape[:1], pair["a"].dtype
+    # Whoever takes rounded rows must take them as they are.
+    rounds = compute == "fp8" and fused(math.prod(rows), w, D, F, dtype, rank)
+    low, h, unit = _hidden(up, gate, pair, FP8 if rounds else dtype)
+    y, baton, dense = product(h, w, low, pair, baton, compute, unit=unit)
+    return Products(ys=(y,), lows=(low,), baton=baton, dense=(dense,))
+
+
+def _hidden(up, gate, pair: Pair, dtype: jnp.dtype | None):
+    """Of swiglu_narrow low [*rows, R], h [*rows, F] and its unit."""
+    rows = up.shape[:-1]
+    made = swiglu_narrow(by_rows(up), by_rows(gate), pair["a"], dtype)
+    low, h = (None if x is None else x.reshape(*rows, -1) for x in (made.low, made.h))
+    return low, h, made.unit
 
 
 def _backward(compute: str, lean: bool, again: bool, residuals: Any, given):

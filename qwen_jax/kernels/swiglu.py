@@ -1,9 +1,10 @@
-"""SwiGLU, up * silu(gate), and in its gradient everything that LoRA reads of what it makes.
+"""SwiGLU, h = up * silu(gate), and everything that LoRA reads of what it and its gradient make.
 
-A backward pass needs, of h = up * silu(gate) and of the gradients of up and gate, not only
-themselves but products with a few columns each, of the LoRA pairs before and after. Apart, each of
-these reads 100 MB a layer again at 2,048 tokens of 72B. The kernel makes all of them in the one
-pass in which it makes the gradients. It serves one Hopper card; XLA does it elsewhere.
+A forward pass multiplies h with a few columns, for the pair of the projection after it, and fp8
+rounds its rows; apart, each reads 100 MB a layer again at 2,048 tokens of 72B. A backward pass
+needs, of h and of the gradients of up and gate, not only themselves but products with a few columns
+each, of the LoRA pairs before and after. Two kernels make all that in one pass each. They serve one
+Hopper card; XLA does it elsewhere.
 """
 
 import functools
@@ -12,8 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from qwen_jax.kernels.dequantize import FP8
 from qwen_jax.kernels.hopper import on_hopper, served
 from qwen_jax.quant import Layer, as_layer
+
+
+@struct.dataclass
+class Hidden:
+    """h, its unit if it is in e4m3, and its narrow product."""
+
+    low: jax.Array  # [M, R]
+    h: jax.Array | None  # [M, F], unless it was not wanted
+    unit: jax.Array | None = None  # float32 [M]: rows of h are multiples of it
 
 
 @struct.dataclass
@@ -33,6 +44,30 @@ def swiglu(up: jax.Array, gate: jax.Array) -> jax.Array:
     """up * silu(gate), [..., F], in float32 inside, rounded once."""
     wide = gate.astype(jnp.float32)
     return (up.astype(jnp.float32) * wide * jax.nn.sigmoid(wide)).astype(up.dtype)
+
+
+def swiglu_narrow(
+    up: jax.Array | Layer,  # [M, F], or a layer of a stack
+    gate: jax.Array | Layer,
+    a: jax.Array,  # [R, F], of the pair after it
+    dtype: jnp.dtype | None,  # of h: a's, or e4m3 where the kernel runs; None: only low is wanted
+    *,
+    implementation: str | None = None,  # "mosaic" or "xla"; None chooses
+) -> Hidden:
+    """h and h @ a^T. XLA leaves h in a's dtype."""
+    up, gate = as_layer(up), as_layer(gate)
+    chosen = implementation or _choose_narrow(up, a, dtype)
+    if chosen == "mosaic":
+        from qwen_jax.kernels import _pallas_swiglu_low
+
+        low, *rest = _pallas_swiglu_low.swiglu_low(up, gate, a, dtype)
+        # What waits for low must not wait for its parts only: kernels/lora_matmul.py, narrow.
+        return Hidden(jax.lax.optimization_barrier(low), *(rest or [None]))
+    if chosen != "xla":
+        raise ValueError(f"swiglu_narrow implementation {chosen!r}: expected 'mosaic' or 'xla'")
+    h = swiglu(up.cut(), gate.cut())
+    low = jax.lax.optimization_barrier(_product(h, a, 1, 1))
+    return Hidden(low, None if dtype is None else h)
 
 
 def swiglu_gradient(
@@ -76,6 +111,17 @@ def _product(x: jax.Array | None, y: jax.Array | None, of_x: int, of_y: int) -> 
     if x is None or y is None:
         return None
     return jax.lax.dot_general(x, y, (((of_x,), (of_y,)), ((), ())))
+
+
+def _choose_narrow(up: Layer, a: jax.Array, dtype) -> str:
+    if not on_hopper(a.dtype):
+        return "xla"
+    from qwen_jax.kernels import _pallas_swiglu_low
+
+    rounds = dtype == FP8
+    check = functools.partial(_pallas_swiglu_low.check, *up.shape, len(a), rounds)
+    use = f"SwiGLU{', rounded to e4m3,' if rounds else ''} runs"
+    return "mosaic" if served(use, check) else "xla"
 
 
 def _choose(g: jax.Array, bs, lows, slope) -> str:
