@@ -211,6 +211,13 @@ class Launch:
             ],
             "cvt.rn.bf16x2.f32 $0, $2, $1;": lambda _, a: [to_bf16(a[0]) | to_bf16(a[1]) << 16],
             "cvt.rni.s32.f32": lambda _, a: [np.rint(a[0]).astype(np.int32).view(U32)],
+            "max.u16x2": lambda _, a: [
+                np.maximum(
+                    *(x.view(np.uint16).reshape(-1, 2) for x in map(np.ascontiguousarray, a))
+                )
+                .reshape(-1)
+                .view(U32)
+            ],
             "{.reg .f32 a; abs.f32 a, $1; max.f32 $0, a, $2;}": lambda _, a: [
                 np.maximum(np.abs(a[0]), a[1])
             ],

@@ -135,6 +135,15 @@ def larger(value: Value, most: Value) -> Value:
     return asm(text, [value, most], [f32()], pure=True)
 
 
+def larger_pair(word: Value, most: Value) -> Value:
+    """The larger of the magnitudes of two bfloat16 and of two others, each in a word.
+
+    Without their sign they are in the order of the numbers that their bits are.
+    """
+    magnitudes = arith.andi(word, const(0x7FFF7FFF))
+    return asm("max.u16x2 $0, $1, $2;", [magnitudes, most], [i32()], pure=True)
+
+
 def fma(a: Value, b: Value, c: Value) -> Value:
     return asm("fma.rn.f32 $0, $1, $2, $3;", [a, b, c], [f32()], pure=True)
 

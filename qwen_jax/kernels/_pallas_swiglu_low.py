@@ -1,12 +1,14 @@
 """Mosaic GPU body of h = up * silu(gate) with LoRA's narrow product of h in the same pass.
 
-A warp has 8 rows and 32 columns at a time; a thread block goes along the columns and keeps what h
-is in registers, so that in e4m3 it can find the largest value of its rows first, together with the
-other blocks of its cluster, and then round. The narrow product h @ a^T runs on tensor cores, of
-whose 16 rows it uses 8; its sums over the blocks are left to XLA.
+A warp has 8 rows and 32 columns at a time, and a thread block goes along the columns. For e4m3 it
+keeps h in shared memory (in registers, too few blocks would fit on a multiprocessor to load for one
+while another rounds), finds the largest value of its rows together with the other blocks of its
+cluster, and then rounds. The narrow product h @ a^T runs on tensor cores, of whose 16 rows it uses
+8; its sums over the blocks are left to XLA.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from qwen_jax.quant import Layer
 _ROWS = 8  # of a block
 _COLUMNS = 32  # of a warp: eight for each of four lanes
 _WARPS = (8, 4)  # of a block: whichever is the first to divide the columns
-_MOST_STEPS = 12  # of a block along the columns: four registers each
+_MOST_STEPS = 12  # of a block along the columns
 _AHEAD = 2  # steps that are loaded before they are needed
 _MOST_BLOCKS = 8  # of a cluster
 _RANKS = (8, 16)
@@ -93,8 +95,11 @@ class Body:
 
     @property
     def shared_floats(self) -> int:
-        """What every warp adds to the narrow product, or its largest values; those of the block."""
-        return self.warps * _ROWS * self.R + self.warps * _ROWS + _ROWS
+        """Of every warp what it adds to the narrow product, and its largest values; those of the
+        block; and h, 16 bytes a thread and step.
+        """
+        held = self.steps * self.warps * 32 * 4 if self.rounds else 0
+        return self.warps * _ROWS * self.R + self.warps * _ROWS + _ROWS + held
 
     @property
     def rounds(self) -> bool:
@@ -121,8 +126,10 @@ class Body:
         if self.dtype is not None and not self.rounds:
             target = ptx.add(ptx.address(outs[0]), bytes_at)
 
-        sums, held, most = self._along(sources, of_a, target)
         shared = ptx.address(smem)
+        held = ptx.add(shared, (self.warps * _ROWS * (self.R + 1) + _ROWS) * 4)
+        held = ptx.add(held, ptx.mul(thread, 16))
+        sums, most = self._along(sources, of_a, target, held)
         self._store_low(sums, shared, thread, row, part, warp, low_ref, rank, first)
         if self.rounds:
             behind = ptx.add(shared, self.warps * _ROWS * self.R * 4)
@@ -139,9 +146,9 @@ class Body:
         layer = ptx.load_word(ptx.add(ptx.address(index_ref), 4 * i))
         return ptx.add(ptx.address(ref), ptx.mul(ptx.wide(layer), self.M * self.F * 2))
 
-    def _along(self, sources, of_a, target):
-        """All columns of this thread: sums [R / 8] of the narrow product, the words of h if they
-        are held, and the largest magnitude.
+    def _along(self, sources, of_a, target, held):
+        """All columns of this thread, h stored or held: sums [R / 8] of the narrow product, and the
+        largest magnitude.
         """
         stride = self.warps * _COLUMNS * 2  # bytes
 
@@ -153,7 +160,7 @@ class Body:
 
         ahead = [load(step) for step in range(min(_AHEAD, self.steps))]
         sums = [[ptx.real(0.0)] * 4 for _ in range(self.R // 8)]
-        held, most, zero = [], ptx.real(0.0), ptx.const(0)
+        most, zero = ptx.const(0), ptx.const(0)
         for step in range(self.steps):
             (up, gate), bs = ahead.pop(0)
             if step + _AHEAD < self.steps:
@@ -168,15 +175,20 @@ class Body:
                 text = f"st.global.v4.u32 [$0+{step * stride}], {{$1,$2,$3,$4}};"
                 ptx.asm(text, [target, *words])
             if self.rounds:
-                held.append(words)
+                text = f"st.shared.v4.u32 [$0+{step * self._held_stride}], {{$1,$2,$3,$4}};"
+                ptx.asm(text, [held, *words])
                 for word in words:
-                    for value in ptx.bfloats(word):
-                        most = ptx.larger(value, most)
+                    most = ptx.larger_pair(word, most)
             for n, b in enumerate(bs):
                 for j in (0, 2):
                     rows = [words[j], zero, words[j + 1], zero]
                     sums[n] = ptx.mma_16x8x16(sums[n], rows, b[j : j + 2])
-        return sums, held, most
+        return sums, functools.reduce(arith.maximumf, ptx.bfloats(most))
+
+    @property
+    def _held_stride(self) -> int:
+        """Bytes of a step of all threads."""
+        return self.warps * 32 * 16
 
     def _store_low(self, sums, shared, thread, row, part, warp, low_ref, rank, first) -> None:
         """Summed over the warps of the block, through shared memory."""
@@ -219,7 +231,8 @@ class Body:
 
     def _store_rounded(self, held, most, at) -> None:
         factor = arith.divf(ptx.real(448.0), most)
-        for step, words in enumerate(held):
+        for step in range(self.steps):
+            words = ptx.load_shared(held, step * self._held_stride)
             values = [arith.mulf(x, factor) for word in words for x in ptx.bfloats(word)]
             text = f"st.global.v2.u32 [$0+{step * self.warps * _COLUMNS}], {{$1,$2}};"
             ptx.asm(text, [at, *e4m3s(values[:4]), *e4m3s(values[4:])])

@@ -101,9 +101,15 @@ def products(
 ) -> Products:
     """lora_matmul without gradients."""
     lows, ys, denses = narrow(x, pairs), [], []
-    into = into or (None,) * len(weights)
+    into, unit = into or (None,) * len(weights), None
+    if compute == "fp8" and all(
+        pair is not None and _served(x, w, low)
+        for w, low, pair in zip(weights, lows, pairs, strict=True)
+    ):
+        codes, unit = quantize_rows(x.reshape(-1, x.shape[-1]))  # once for all
+        x = codes.reshape(x.shape)
     for w, low, pair, place in zip(weights, lows, pairs, into, strict=True):
-        y, baton, dense = product(x, w, low, pair, baton, compute, place)
+        y, baton, dense = product(x, w, low, pair, baton, compute, place, unit)
         ys.append(y)
         denses.append(dense)
     return Products(ys=tuple(ys), lows=tuple(lows), baton=baton, dense=tuple(denses))
@@ -168,8 +174,8 @@ def product(
     """x @ W^T + low @ b, [*rows, *O] or the stack; the baton; the weight as the kernel read it, if
     that of the gradient will read the same.
     """
-    *out, I = w.shape
-    if pair is not None and fused(x.size // I, w, math.prod(out), I, low.dtype, low.shape[-1]):
+    *out, _ = w.shape
+    if pair is not None and _served(x, w, low):
         b, shape = pair["b"].reshape(len(pair["b"]), -1), (*x.shape[:-1], *out)
         flat, dense, low, scale, baton = _operands(
             x, w, low, baton, compute, backward=False, unit=unit
@@ -256,6 +262,11 @@ def _zero_after(*arrays: jax.Array) -> jax.Array:  # float32 []
     """A zero that is not known before the arrays are, and that XLA does not see to be one."""
     firsts = (x.reshape(-1)[0].astype(jnp.float32) for x in arrays)
     return sum(jnp.minimum(jnp.abs(first), 0) for first in firsts)
+
+
+def _served(x: jax.Array, w: Weight, low: jax.Array) -> bool:
+    *out, I = w.shape
+    return fused(x.size // I, w, math.prod(out), I, low.dtype, low.shape[-1])
 
 
 def fused(M: int, w: Weight, N: int, K: int, dtype: jnp.dtype, rank: int) -> bool:
