@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from benchmarks.collectives import collectives, sent_by_kind
 from benchmarks.profile import kernel_table
-from qwen_jax import runtime
+from qwen_jax import processes, runtime
 from qwen_jax.adapters import LoraConfig, init_lora
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
@@ -37,11 +37,11 @@ from qwen_jax.params import init_params, num_parameters, tree_bytes
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat, saved_values
 from qwen_jax.sharding import make_mesh, parse_mesh
-from train.memory import Workload
+from train.lora import micro_batches
+from train.memory import MemoryPlan, Workload
 from train.step import (
     Compute,
     TrainState,
-    batch_sharding,
     compile_step,
     init_state,
     make_optimizer,
@@ -79,7 +79,7 @@ class Args:
     overlap: str = "auto"
     """auto, none, schedule, pipeline: see train/overlap.py"""
     offload_embedding: bool = False
-    """embedding table in host memory"""
+    """embedding table in host memory; unset: only if auto remat gains by it"""
     device_memory: float | None = None
     """GB that auto remat may use; unset: what the device has"""
     steps: int = 5
@@ -121,10 +121,11 @@ class Setup:
 
     cfg: ModelConfig
     mesh: Mesh
-    work: Workload
-    remat: Remat
+    memory: MemoryPlan
     params: dict
-    batch: dict[str, jax.Array]
+    batch: dict[str, np.ndarray]  # tokens, loss_mask [A * B, T]
+    accumulation: int  # A
+    table: np.ndarray | None  # [V, D]: an embedding that stays on the host
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     state: TrainState
@@ -136,7 +137,28 @@ class Setup:
         step = compile_step(
             self.cfg, self.optimizer, self.schedule, self.state, self.params, how
         )  # fmt: skip
-        return step.lower(self.state, self.params, self.batch).compile()
+        return step.lower(self.state, self.params, self.placed()).compile()
+
+    def placed(self) -> dict[str, jax.Array]:
+        """The batch on its way to the devices."""
+        return micro_batches(self.batch, self.accumulation, self.mesh, self.table)
+
+    def steps(self, program, state: TrainState, count: int):
+        """The state after `count` steps of a program, their losses, and mean seconds of a step.
+
+        With the embedding on the host each looks up the rows of the next one while it runs, as
+        train.lora does: the first ones are looked up before, the last ones for nobody.
+        """
+        batch, before, losses = self.placed(), None, []
+        began = time.perf_counter()
+        for _ in range(count):
+            state, metrics = program(state, self.params, batch)
+            losses.append(metrics["loss"])
+            if self.table is not None:
+                jax.block_until_ready(before)
+                batch, before = self.placed(), metrics
+        jax.block_until_ready((state, metrics))
+        return state, losses, (time.perf_counter() - began) / count
 
 
 def prepare(args: Args) -> Setup:
@@ -163,17 +185,21 @@ def prepare(args: Args) -> Setup:
     limit = device_limit(mesh.devices.flat[0])
     allowed = int(args.device_memory * 1e9) if args.device_memory else limit
     (text,) = args.remat
-    remat = work.choose_remat(allowed) if text == "auto" else Remat.parse(text, cfg.num_layers)
+    memory = work.plan(text, allowed)
 
     began = time.perf_counter()
     params = jax.block_until_ready(init_params(cfg, jax.random.key(0), dtype, fmt, mesh))
     weights, init_seconds = tree_bytes(params), time.perf_counter() - began
-    batch = _batch(params, cfg, mesh, args, seq)
+    table = processes.fetch(params.pop("wte")) if memory.offload_embedding else None
+    shape = (args.accumulate * args.batch, seq)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape, np.int32)
+    batch = {"tokens": tokens, "loss_mask": np.ones(shape, bool)}  # all are trained
     lora = init_lora(cfg, lora_cfg, jax.random.key(1), mesh)
     schedule = make_schedule("constant", 1e-4, 100)
     optimizer = make_optimizer(schedule)
     return Setup(
-        cfg=cfg, mesh=mesh, work=work, remat=remat, params=params, batch=batch,
+        cfg=cfg, mesh=mesh, memory=memory, params=params, batch=batch,
+        accumulation=args.accumulate, table=table,
         schedule=schedule, optimizer=optimizer, state=init_state(optimizer, lora, mesh),
         weights=weights, init_seconds=init_seconds,
     )  # fmt: skip
@@ -182,18 +208,14 @@ def prepare(args: Args) -> Setup:
 def measure(args: Args) -> dict:
     """One row: seconds a step, peak memory beside the plan's, compile time."""
     made = prepare(args)
-    cfg, mesh, params, batch, state = made.cfg, made.mesh, made.params, made.batch, made.state
-    (seq,), remat = args.seq, made.remat
+    cfg, mesh, (seq,), remat = made.cfg, made.mesh, args.seq, made.memory.remat
     how = Compute(remat=remat, products=args.compute[0], mesh=mesh, overlap=args.overlap)
     began = time.perf_counter()
     compiled = made.compiled(how)
     compile_seconds = time.perf_counter() - began
     sent = sent_by_kind(collectives(compiled.as_text())) if mesh.size > 1 else {}
-    losses = []
-    for _ in range(2):
-        state, metrics = compiled(state, params, batch)
-        losses.append(float(metrics["loss"]))
-    seconds = _timed(compiled, state, params, batch, args)
+    state, losses, _ = made.steps(compiled, made.state, 2)
+    seconds = _timed(made, compiled, state, args)
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in mesh.devices.flat]
     return {
         "seq": seq,
@@ -201,48 +223,29 @@ def measure(args: Args) -> dict:
         "devices": mesh.size,
         "compute": args.compute[0],
         "remat": str(remat),
+        "offload_embedding": made.memory.offload_embedding,
         "seconds": seconds,
         "useful": 4 * (num_parameters(cfg) - cfg.vocab_size * cfg.hidden_size),
         "computed": computed_flops(cfg, remat, seq),
         "peak": max(peaks),
-        "planned": made.work.budget(remat).total,
+        "planned": made.memory.budget.total,
         "weights": made.weights,
-        "device_weights": device_bytes(params),
+        "device_weights": device_bytes(made.params),
         "sent": sent,
         "compile_seconds": compile_seconds,
         "init_seconds": made.init_seconds,
-        "losses": losses,
+        "losses": [float(loss) for loss in losses],
         "device": mesh.devices.flat[0].device_kind,
         "jax": jax.__version__,
     }
 
 
-def _batch(params, cfg, mesh, args: Args, seq: int) -> dict[str, jax.Array]:
-    """Random tokens, all trained; with the embedding taken off the device if asked."""
-    shape = (args.accumulate, args.batch, seq)
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, shape, np.int32)
-    batch = {"tokens": tokens, "loss_mask": np.ones(tokens.shape, bool)}
-    if args.offload_embedding:
-        table = params.pop("wte")
-        batch["embedded"] = np.asarray(table)[tokens]
-        table.delete()
-    return jax.device_put(batch, batch_sharding(mesh))
-
-
-def _timed(compiled, state, params, batch, args: Args) -> float:
+def _timed(made: Setup, compiled, state: TrainState, args: Args) -> float:
     """Mean seconds of a step; prints the kernels too if a profile is asked for."""
-
-    def steps(state, count):
-        began = time.perf_counter()
-        for _ in range(count):
-            state, metrics = compiled(state, params, batch)
-        jax.block_until_ready((state, metrics))
-        return state, (time.perf_counter() - began) / count
-
-    state, seconds = steps(state, args.steps)
+    state, _, seconds = made.steps(compiled, state, args.steps)
     if args.profile:
         with jax.profiler.trace(args.profile):
-            steps(state, 2)
+            made.steps(compiled, state, 2)
         print(kernel_table(pathlib.Path(args.profile), 2), flush=True)
     return seconds
 
@@ -284,8 +287,9 @@ def gemm() -> float:
 def describe(row: dict, ceiling: float) -> str:
     """The row as a line."""
     rate = row["tokens"] / row["seconds"]
+    remat = row["remat"] + (", embedding on the host" if row["offload_embedding"] else "")
     line = (
-        f"seq {row['seq']:>5}  {row['compute']:<4} {row['remat']:<26} {row['seconds']:8.4f} s/step "
+        f"seq {row['seq']:>5}  {row['compute']:<4} {remat:<26} {row['seconds']:8.4f} s/step "
         f"{rate:9.1f} tok/s"
     )
     if ceiling:

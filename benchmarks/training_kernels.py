@@ -15,14 +15,16 @@ import jax.numpy as jnp
 
 from benchmarks.gemm import normal
 from qwen_jax.cli import parse, run
+from qwen_jax.kernels.dequantize import FP8
+from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.kernels.rms_norm import residual_rms_norm
-from qwen_jax.kernels.swiglu import swiglu_gradient
+from qwen_jax.kernels.swiglu import swiglu_gradient, swiglu_narrow
 from qwen_jax.quant import Layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    """Times the gradients of SwiGLU (with LoRA's narrow products) and of RMS norm in bfloat16."""
+    """Times SwiGLU and its gradient, with LoRA's narrow products, and the gradient of RMS norm."""
 
     rows: int = 2048
     hidden: int = 8192
@@ -39,13 +41,35 @@ def main(argv: list[str] | None = None) -> None:
     if args.toy:
         args = dataclasses.replace(args, rows=128, hidden=64, ffn=128, calls=2)
     print(jax.devices()[0].device_kind, "jax", jax.__version__, flush=True)
-    print("gradient | how | us | GB/s | relative error")
-    for name, case in (("SwiGLU", swiglu_case(args)), ("RMS norm", norm_case(args))):
+    print("what | how | us | GB/s | relative error")
+    cases = {
+        "SwiGLU": narrow_case(args, rounds=False),
+        "SwiGLU in e4m3": narrow_case(args, rounds=True),
+        "gradient of SwiGLU": swiglu_case(args),
+        "gradient of RMS norm": norm_case(args),
+    }
+    for name, case in cases.items():
         measure(name, *case, args)
 
 
-def swiglu_case(args: Args):
+def narrow_case(args: Args, *, rounds: bool):
     """(function by implementation, arguments, bytes)."""
+    M, F = args.rows, args.ffn
+    arguments = normal(0, 2, M, F), normal(1, 2, M, F), normal(2, args.rank, F)
+
+    def forward(up, gate, a, how: str):
+        up, gate = (Layer(stack=stack, index=jnp.int32(1)) for stack in (up, gate))
+        made = swiglu_narrow(up, gate, a, FP8 if rounds else a.dtype, implementation=how)
+        if rounds and made.unit is None:
+            return made.low, *quantize_rows(made.h)
+        return made.low, made.h, made.unit
+
+    by = lambda how: functools.partial(forward, how=how)  # noqa: E731
+    return by, arguments, (5 if rounds else 6) * M * F
+
+
+def swiglu_case(args: Args):
+    """The same, of the gradient with LoRA's five narrow products."""
     M, F, R = args.rows, args.ffn, args.rank
     up, gate = (Layer(stack=normal(i, 2, M, F), index=jnp.int32(1)) for i in range(2))
     pairs = (normal(3, R, F), normal(4, R, F)), (normal(5, M, R), normal(6, M, R)), normal(7, M, R)
@@ -58,7 +82,7 @@ def swiglu_case(args: Args):
 
 
 def norm_case(args: Args):
-    """The same: behind a residual addition, with two readers."""
+    """The same, of the gradient of RMS norm: behind a residual addition, with two readers."""
     M, D = args.rows, args.hidden
     x, y, *gradients = (normal(i, M, D) for i in range(5))
     weight = normal(5, D)

@@ -12,7 +12,6 @@ and what is printed is the median of its turns.
 import dataclasses
 import functools
 import statistics
-import time
 from unittest import mock
 
 import jax
@@ -44,12 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     state, times = made.state, {text: [] for text in programs}
     for turn in range(args.rounds + 1):
         for text, program in programs.items():
-            began = time.perf_counter()
-            for _ in range(args.steps):
-                state, metrics = program(state, made.params, made.batch)
-            jax.block_until_ready((state, metrics))
+            state, _, seconds = made.steps(program, state, args.steps)
             if turn:  # the first one warms up
-                times[text].append((time.perf_counter() - began) / args.steps)
+                times[text].append(seconds)
     print(made.mesh.devices.flat[0].device_kind, "jax", jax.__version__)
     print("variant | s/step | of the first | least and most of its turns")
     first = statistics.median(times[args.variants[0]])
@@ -63,7 +59,7 @@ def _compiled(made: train.Setup, args: Args, text: str):
     changes = {} if text == "as_is" else changes_of(text)
     remat = changes.pop("remat", None)
     how = Compute(
-        remat=made.remat if remat is None else Remat.parse(remat, made.cfg.num_layers),
+        remat=made.memory.remat if remat is None else Remat.parse(remat, made.cfg.num_layers),
         products=changes.pop("compute", args.compute[0]),
         mesh=made.mesh,
         overlap=changes.pop("overlap", args.overlap),

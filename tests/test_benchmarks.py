@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.gemm import changes_of, tiling_of
 from benchmarks.profile import covered
+from benchmarks.train import describe
 from qwen_jax.errors import InputError
 
 
@@ -36,6 +37,22 @@ def test_training_prints_a_row_for_each_compute():
         assert last < first and abs(first - math.log(151_936)) < 0.1
 
 
+def test_the_embedding_of_a_timed_step_lies_where_the_plan_puts_it():
+    command = ["benchmarks.train", "--toy", "--seq", "64", "--quantize", "none", "--steps", "1"]
+    rows = {
+        flags: json.loads(output_of(*command, "--child", *flags).splitlines()[-1])
+        for flags in ((), ("--offload_embedding",))
+    }
+    here, host = rows.values()
+    assert (here["offload_embedding"], host["offload_embedding"]) == (False, True)
+    assert ", embedding on the host " in describe(host, 0.0)
+    assert "embedding" not in describe(here, 0.0)
+    table = 151_936 * 64 * 4
+    assert here["weights"] == host["weights"] == here["device_weights"]
+    assert host["device_weights"] == here["device_weights"] - table
+    assert host["losses"] == pytest.approx(here["losses"], rel=1e-6)
+
+
 def test_decoding_prints_a_row_for_each_batch():
     lines = output_of("benchmarks.decode", "--toy", "--batch", "1", "2:int8").splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
@@ -54,7 +71,8 @@ def test_time_of_kernels_that_run_at_once_is_counted_once():
 def test_training_kernels_are_timed_beside_xla():
     lines = output_of("benchmarks.training_kernels", "--toy", "--implementations", "xla")
     rows = [line.split(" | ") for line in lines.splitlines()[2:]]
-    assert [row[:2] for row in rows] == [["SwiGLU", "xla"], ["RMS norm", "xla"]]
+    names = "SwiGLU", "SwiGLU in e4m3", "gradient of SwiGLU", "gradient of RMS norm"
+    assert [row[:2] for row in rows] == [[name, "xla"] for name in names]
     assert all(float(row[2]) > 0 for row in rows)
 
 

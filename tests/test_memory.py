@@ -100,7 +100,7 @@ def test_what_layers_keep_is_what_xla_allocates(tensor):
         mesh = make_mesh(sizes)
     work = workload(cfg=cfg, format=None, dtype=jnp.dtype(jnp.float32), length=length, sizes=sizes)
     none = temporary_bytes(cfg, length, Remat.parse("full", 12), mesh)
-    for text in ("selective", "attention", "selective:6,full:6"):
+    for text in ("selective", "attention", "full:6,selective:6"):
         remat = Remat.parse(text, 12)
         more = temporary_bytes(cfg, length, remat, mesh) - none
         planned = sum(n * (work.saved_bytes(level) - work.saved_bytes("full"))
@@ -131,7 +131,58 @@ def test_chosen_remat_fits_and_uses_the_room():
         chosen = work.choose_remat(card)
         room = card - work.budget(chosen).total
         assert 0 < room < 0.03 * card + work.saved_bytes("selective")
-    assert str(workload(length=8192).choose_remat(card)).endswith("attention:71")
+    assert str(workload(length=8192).choose_remat(card)) == "attention:71,selective:9"
+
+
+def test_layers_that_keep_most_come_last_and_need_no_more_memory_there():
+    cfg, length = tiny_config(num_layers=6, ffn_size=256, head_dim=32), 96
+    nf4 = QuantFormat.named("nf4")
+    last, first = (
+        temporary_bytes(cfg, length, Remat.parse(text, 6), fmt=nf4)
+        for text in ("full:3,selective:3", "selective:3,full:3")
+    )
+    assert last <= first
+    card = int(82.9e9)
+    for length, levels in (
+        (4096, ["full", "selective"]),
+        (8192, ["attention", "selective"]),
+        (16384, ["full", "attention"]),
+    ):
+        assert [level for _, level in workload(length=length).choose_remat(card).runs] == levels
+    given = workload(length=4096).plan("selective:30,full:50", card)
+    assert str(given.remat) == "selective:30,full:50"
+
+
+def test_the_embedding_leaves_the_device_if_more_layers_then_keep_their_products():
+    card = int(82.9e9)
+    work = workload(length=4096)
+    plan, without = work.plan("auto", card), work.choose_remat(card)
+    assert plan.offload_embedding and kept(plan.remat) >= kept(without) + 3
+    assert "embedding" not in plan.budget.items and plan.budget.total < card
+    assert plan.describe().endswith("in host memory, which makes room for what layers keep")
+    # All fits, nothing is known of the card, or what each step would hold of it is more than it.
+    fits = workload(length=2048).plan("auto", card)
+    assert not fits.offload_embedding and str(fits.remat) == "selective"
+    assert "embedding" in fits.budget.items and "host" not in fits.describe()
+    assert not work.plan("auto", 0).offload_embedding
+    many = dataclasses.replace(work, accumulation=64)
+    assert not many.plan("auto", card).offload_embedding
+
+
+def test_the_embedding_lies_where_flag_or_explicit_remat_want_it():
+    card = int(82.9e9)
+    for text in ("full", "full:40,selective:40"):
+        plan = workload(length=4096).plan(text, card)
+        assert (str(plan.remat), plan.offload_embedding) == (text, False)
+    for length, text in ((4096, "full"), (2048, "auto")):
+        plan = workload(length=length, offload_embedding=True).plan(text, card)
+        assert plan.offload_embedding and "embedding" not in plan.budget.items
+        assert plan.describe().endswith("the embedding stays in host memory")
+
+
+def kept(remat: Remat) -> int:
+    """Layers that keep their products."""
+    return sum(count for count, level in remat.runs if level == "selective")
 
 
 def test_what_cannot_fit_is_refused_with_its_numbers():

@@ -28,6 +28,7 @@ from qwen_jax.adapters import (
 )
 from qwen_jax.config import ModelConfig
 from qwen_jax.errors import InputError
+from qwen_jax.manifest import load_manifest
 from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QTensor, QuantFormat
 from qwen_jax.remat import Remat
@@ -36,6 +37,7 @@ from train import lora as program
 from train import loss as loss_file
 from train.base import quantize_params
 from train.loss import next_token_loss
+from train.memory import Workload
 from train.report import Report
 from train.step import (
     Compute,
@@ -352,6 +354,30 @@ def test_interrupted_and_resumed_run_is_the_same_to_the_bit(run_folder, tmp_path
     losses = [[(row["step"], row["loss"], row["lr"]) for row in log] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert losses[0][-1][1] < losses[0][0][1]
+
+
+def test_a_run_whose_plan_moves_the_embedding_to_the_host_learns_the_same(
+    run_folder, tmp_path, capsys
+):
+    work = Workload(
+        cfg=load_manifest(run_folder / "ckpt").config, format=None, dtype=jnp.dtype(jnp.float32),
+        lora=LoraConfig(rank=4), sizes=parse_mesh("1"), rows=2, length=64, accumulation=2,
+    )  # fmt: skip
+    # All of it on the device leaves no room for what layers keep; the embedding is 39 MB of that.
+    limit = work.budget(Remat.parse("full", 2)).total
+    losses = []
+    for remat, offloaded in (("selective", False), ("auto", True)):
+        folder = tmp_path / remat
+        more = ["--remat", remat, "--max_steps", "4", "--save_strategy", "no"]
+        more += ["--device_memory", f"{limit / 1e9 if offloaded else 1}"]
+        program.main(flags(run_folder, folder, *more))
+        shown = capsys.readouterr().out
+        assert "backward pass, selective" in shown
+        assert ("the embedding stays in host memory: more layers" in shown) == offloaded
+        log = (folder / "trainer_log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
 def test_settings_that_cannot_be_resumed_or_overwritten(run_folder, tmp_path, capsys):

@@ -102,12 +102,13 @@ class Args:
     coarser; Hopper and later)"""
     remat: str = "auto"
     """recomputed in the backward pass: full (least memory), attention, selective, none, by layers
-    such as selective:44,full:36, or auto (the fastest that fits)"""
+    such as full:36,selective:44, or auto (the fastest that fits)"""
     overlap: str = "auto"
     """of exchange between GPUs and computation, or on one of kernels with each other: none (least
     memory), schedule, pipeline, or auto"""
     offload_embedding: bool = False
-    """keep the embedding table in host memory and look rows up there: 2.5 GB less for 72B"""
+    """keep the embedding table in host memory and look rows up there: 2.5 GB less for 72B; unset:
+    only if --remat auto can let more layers keep their products in its place"""
     device_memory: float | None = None
     """GB of each device to plan for; unset: what this machine's devices have"""
     plan: bool = False

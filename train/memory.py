@@ -1,4 +1,5 @@
-"""The memory of a training step, computed before anything is loaded, and the remat that it allows.
+"""The memory of a training step, computed before anything is loaded, and what it allows: which
+layers keep what (remat), and whether the embedding table stays in host memory.
 
 The sum follows what XLA keeps at the fullest moment, the backward pass of a layer: the weights, the
 optimizer state, what the layers kept, and one layer's worth of work. Checked against the peak of
@@ -61,10 +62,13 @@ class Workload:
         weights = weight_bytes(cfg, self.dtype, self.format, self.sizes)
         if self.offload_embedding:
             del weights["embedding"]
+            # What is looked up for a step, and meanwhile for the next one (train/lora.py).
+            rows = self.accumulation * self.tokens * cfg.hidden_size * self.item
+            weights["embedded tokens of two steps"] = 2 * rows
         pairs = device_bytes(abstract_lora(cfg, self.lora, mesh=abstract_mesh(self.sizes)))
         joined = abstract_mesh(self.sizes | {"fsdp": 1})  # as the layers use and return them
         used = device_bytes(abstract_lora(cfg, self.lora, mesh=joined))
-        kept = sum(count * self.saved_bytes(level) for count, level in remat.runs)
+        kept = self._kept(remat)
         # The result of a run's last layer lies behind the inputs of them all.
         ends = sum(level != "none" for _, level in remat.runs)
         kept += ends * self.tokens * cfg.hidden_size * self.item
@@ -115,10 +119,54 @@ class Workload:
         step = self.saved_bytes(base) - self.saved_bytes("full")
         if base == "attention" and room < layers * step:
             attention = int(room // step)
-            return _mixed(layers, ("attention", max(0, attention)), "full")
+            return _mixed(layers, "full", ("attention", max(0, attention)))
         room -= layers * step
         kept = int(room // (self.saved_bytes("selective") - self.saved_bytes(base)))
-        return _mixed(layers, ("selective", max(0, kept)), base)
+        return _mixed(layers, base, ("selective", max(0, kept)))
+
+    def plan(self, remat: str, limit: int) -> "MemoryPlan":
+        """That of a remat as Remat.parse reads it, or `auto`, on a device of `limit` bytes.
+
+        `auto` takes the embedding off the device if that lets layers keep more, or the run fit at
+        all, and only then: each step must look its rows up on the host.
+        """
+        work = self
+        if remat == "auto":
+            chosen = self.choose_remat(limit)
+            on_host = dataclasses.replace(self, offload_embedding=True)
+            other = on_host.choose_remat(limit)
+            fits = on_host.budget(other).total <= limit < self.budget(chosen).total
+            if fits or self._kept(other) > self._kept(chosen):
+                work, chosen = on_host, other
+        else:
+            chosen = Remat.parse(remat, self.cfg.num_layers)
+        return MemoryPlan(
+            remat=chosen,
+            offload_embedding=work.offload_embedding,
+            unasked=work is not self,
+            budget=work.budget(chosen, limit),
+        )
+
+    def _kept(self, remat: Remat) -> int:
+        return sum(count * self.saved_bytes(level) for count, level in remat.runs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What lies where in a run, and the memory of each device that it takes."""
+
+    remat: Remat
+    offload_embedding: bool
+    unasked: bool = False  # chosen here, not by a flag
+    budget: Budget
+
+    def describe(self) -> str:
+        """Lines for the log."""
+        lines = self.budget.describe()
+        if self.offload_embedding:
+            reason = ", which makes room for what layers keep" if self.unasked else ""
+            lines += f"\nthe embedding stays in host memory{reason}"
+        return lines
 
 
 def workload(args: Args, model: ModelPlan, sizes: dict[str, int], length: int) -> Workload:
@@ -138,20 +186,21 @@ def workload(args: Args, model: ModelPlan, sizes: dict[str, int], length: int) -
 
 def decide(
     args: Args, model: ModelPlan, sizes: dict[str, int], length: int, limit: int
-) -> tuple[Remat, Budget]:
-    """The remat of a run and its memory on a device that offers `limit` bytes (0: unknown)."""
-    work = workload(args, model, sizes, length)
+) -> MemoryPlan:
+    """That of a run on a device that offers `limit` bytes (0: unknown)."""
     if args.device_memory:
         limit = int(args.device_memory * GB)
-    if args.remat == "auto":
-        remat = work.choose_remat(limit)
-    else:
-        remat = Remat.parse(args.remat, work.cfg.num_layers)
-    return remat, work.budget(remat, limit)
+    return workload(args, model, sizes, length).plan(args.remat, limit)
 
 
-def _mixed(layers: int, first: tuple[str, int], rest: str) -> Remat:
-    level, count = first
+def _mixed(layers: int, rest: str, last: tuple[str, int]) -> Remat:
+    """The layers that keep most come last, so they are the first of the backward pass.
+
+    While everything is still kept, only a layer with its products is differentiated; when those
+    that are run again, with more work, have their turn, what the others kept is free. XLA for a CPU
+    in float32: up to one layer's products less than the other way round.
+    """
+    level, count = last
     count = min(count, layers)
-    runs = [(count, level), (layers - count, rest)]
+    runs = [(layers - count, rest), (count, level)]
     return Remat(tuple(run for run in runs if run[0] > 0))
