@@ -9,7 +9,7 @@ By hand, because jax.lax.scan stacks what its body keeps: at 72B and 2,048 token
 layer to where it is kept, and first fills the 29 GB of all layers with zeros. Here the kernel of a
 product writes straight to its place.
 
-A layer is a function of (mode, x, index, low, frozen, relay) -> (x, relay). It leaves its products
+A layer is a function of (mode, x, index, low, frozen, kept) -> (x, kept). It leaves its products
 and its attention to the mode, which is what differs: Plain computes, Keeping computes and writes
 to kept, Recalling takes from there. This file knows names and stacks, not what a layer is.
 """
@@ -25,7 +25,7 @@ from flax import struct
 
 from qwen_jax.kernels.attention import attention, attention_again, attention_and_statistics
 from qwen_jax.kernels.hopper import on_hopper
-from qwen_jax.kernels.lora_matmul import ahead, lora_matmul, products, zero_after
+from qwen_jax.kernels.lora_matmul import lora_matmul, products
 from qwen_jax.kernels.lora_mlp import Known, down_products, lora_mlp
 from qwen_jax.kernels.rms_norm import add_behind, residual_rms_norm
 from qwen_jax.kernels.unfilled import unfilled
@@ -41,12 +41,6 @@ class Relay:
 
     baton: jax.Array  # float32 []: kernels/lora_matmul.py
     kept: Any  # of a mode; with a cache, the cache
-    ahead: jax.Array | None = None  # the layer's first weight, dequantized ahead of it
-
-    @classmethod
-    def start(cls, kept: Any) -> "Relay":
-        """That of a layer before which there is nothing."""
-        return cls(baton=jnp.zeros(()), kept=kept)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +104,7 @@ class Keeping(Plain):
         into = None
         if self.index is not None:
             into = tuple(self._place(kept[name]) if name in self.names else None for name in names)
-        made = products(x, weights, pairs, relay.baton, self.compute, into, relay.ahead)
+        made = products(x, weights, pairs, relay.baton, self.compute, into)
         ys = []
         for name, y in zip(names, made.ys, strict=True):
             if isinstance(y, Layer):
@@ -180,7 +174,7 @@ class Recalling(Plain):
         kept, known = relay.kept, None
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
-            known = Known(up=kept[UP], gate=kept[GATE], lows=lows, down=relay.ahead)
+            known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
         y, baton = lora_mlp(
             xs, weights, pairs, relay.baton, self.compute, self.lean, again=True, known=known
         )
@@ -209,29 +203,18 @@ def _cut(layers: Any) -> Any:
 class Run:
     """Layers start .. stop - 1, all alike."""
 
-    # (mode, x [B, T, D], index int32 [], low, frozen, relay) -> (x, relay)
-    layer: Callable[..., tuple[jax.Array | Layer, Relay]]
+    # (mode, x [B, T, D], index int32 [], low, frozen, kept) -> (x, kept)
+    layer: Callable[..., tuple[jax.Array, Kept]]
     start: int
     stop: int
     level: str = "full"  # of remat.LEVELS
     compute: str = "bf16"
     alone: bool = True  # on one device, so that kernels may run
     lean: bool = False  # of Plain
-    # (frozen, index) -> the weights of the first products of a forward and of a backward pass, to
-    # be dequantized ahead; None: they are not.
-    firsts: Callable[[Any, jax.Array], tuple[Layer, Layer]] | None = None
 
     @property
     def count(self) -> int:
         return self.stop - self.start
-
-    def ahead(self, frozen: Any, index: jax.Array, baton: jax.Array, dtype, *, backward: bool):
-        """The first weight of layer `index` of these; of the last or first, if there is none."""
-        if self.firsts is None or self.level != "selective":
-            return None
-        index = jnp.clip(index, 0, self.count - 1)
-        w = self.firsts(frozen, self.start + index)[backward]
-        return ahead(w, baton, dtype, self.compute, backward=backward)
 
     def place(self, inputs: jax.Array, index: jax.Array) -> Layer | None:
         """Where kernels find the input of a layer."""
@@ -263,7 +246,7 @@ def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
 
     def body(x, per_layer):
         index, low = per_layer
-        return run.layer(mode, x, index, low, frozen, Relay.start({}))[0], None
+        return run.layer(mode, x, index, low, frozen, {})[0], None
 
     return jax.lax.scan(wrap(body), x, (jnp.arange(run.start, run.stop), low))[0]
 
@@ -279,7 +262,7 @@ def _forward(run: Run, x, low, frozen):
 
     def shapes(low):
         first = jax.tree.map(lambda stack: stack[0], low)
-        return run.layer(mode, x, jnp.int32(run.start), first, frozen, Relay.start({}))[1].kept
+        return run.layer(mode, x, jnp.int32(run.start), first, frozen, {})[1]
 
     kernels = run.alone and on_hopper(x.dtype)
 
@@ -291,18 +274,14 @@ def _forward(run: Run, x, low, frozen):
 
     def body(carry, per_layer):
         # x is not carried by itself: it would be copied from there to its place.
-        inputs, kept, first = carry
+        inputs, kept = carry
         index, low = per_layer
         here = dataclasses.replace(mode, index=index, place=run.place(inputs, index))
-        relay = Relay.start(kept).replace(ahead=first)
-        x, relay = run.layer(here, inputs[index], run.start + index, low, frozen, relay)
-        first = run.ahead(frozen, index + 1, relay.baton, inputs.dtype, backward=False)
+        x, kept = run.layer(here, inputs[index], run.start + index, low, frozen, kept)
         inputs = x.stack if isinstance(x, Layer) else inputs.at[index + 1].set(x)
-        return (inputs, relay.kept, first), None
+        return (inputs, kept), None
 
-    first = run.ahead(frozen, jnp.int32(0), zero_after(x), x.dtype, backward=False)
-    carry = (inputs, kept, first)
-    (inputs, kept, _), _ = jax.lax.scan(body, carry, (jnp.arange(run.count), low))
+    (inputs, kept), _ = jax.lax.scan(body, (inputs, kept), (jnp.arange(run.count), low))
     return inputs[run.count], (inputs, kept, low, frozen)
 
 
@@ -310,26 +289,20 @@ def _backward(run: Run, residuals, gradient):
     inputs, kept, low, frozen = residuals
     mode = Recalling(compute=run.compute, lean=run.lean)
 
-    def body(carry, per_layer):
-        gradient, first = carry
+    def body(gradient, per_layer):
         index, low = per_layer
         own = jax.tree.map(lambda stack: Layer(stack=stack, index=index), kept)
         here = dataclasses.replace(mode, place=run.place(inputs, index))
 
-        def again(x, low, baton):
-            relay = Relay(baton=baton, kept=own, ahead=first)
-            return run.layer(here, x, run.start + index, low, frozen, relay)[0]
+        def again(x, low):
+            return run.layer(here, x, run.start + index, low, frozen, own)[0]
 
         with jax.named_scope("again"):
-            _, pullback = jax.vjp(again, inputs[index], low, jnp.zeros(()))
-            gradient, low_gradient, baton = pullback(gradient)
-        first = run.ahead(frozen, index - 1, baton, gradient.dtype, backward=True)
-        return (gradient, first), low_gradient
+            _, pullback = jax.vjp(again, inputs[index], low)
+            return pullback(gradient)
 
     per_layer = (jnp.arange(run.count), low)
-    last = jnp.int32(run.count - 1)
-    first = run.ahead(frozen, last, zero_after(gradient), gradient.dtype, backward=True)
-    (gradient, _), low_gradient = jax.lax.scan(body, (gradient, first), per_layer, reverse=True)
+    gradient, low_gradient = jax.lax.scan(body, gradient, per_layer, reverse=True)
     return gradient, low_gradient, None
 
 

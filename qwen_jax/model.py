@@ -19,7 +19,6 @@ from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.kernels.lora_matmul import ahead_serves
 from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.layer_loop import PLAIN, Plain, Relay, Run, run_layers
@@ -186,14 +185,15 @@ def unembed(params: Params, hidden: jax.Array) -> jax.Array:
         return jax.lax.dot_general(hidden, head, dims, preferred_element_type=jnp.float32)
 
 
-def decoder_layer(cfg, x, w, low, angles, logn, attend, relay, mode=PLAIN):
-    """One layer: x [B, T, D] -> x and the relay.
+def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
+    """One layer: x [B, T, D] -> x and kept.
 
     w and low are this layer's weights and LoRA pairs; `attend(q, k, v, kept) -> (y, kept)` is the
     only thing in which a layer with a cache differs from one without; the mode (layer_loop.py)
     that in which training does.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
+    relay = Relay(baton=jnp.zeros(()), kept=kept)
     x, (y,) = mode.norm(x, None, w["ln_1"], cfg.norm_eps)
     q, k, v, relay = project_qkv(y, w["attn"], low_attn, angles, logn, relay, mode)
     with jax.named_scope("attention"):
@@ -201,35 +201,16 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, relay, mode=PLAIN):
     y, relay = project_out(y, w["attn"], low_attn, relay.replace(kept=kept), mode)
     x, ys = mode.norm(x, y, w["ln_2"], cfg.norm_eps, readers=2, kept=relay.kept)
     y, relay = mlp_block(ys, w["mlp"], low_mlp, relay, mode)
-    return mode.add(x, y), relay
+    return mode.add(x, y), relay.kept
 
 
-def _layer(cfg, mesh, mode, x, index, low, frozen, relay):
+def _layer(cfg, mesh, mode, x, index, low, frozen, kept):
     """A layer without a cache, as layer_loop runs it."""
     layers, angles, logn, slots, segments = frozen
     w = _gather(cfg, layers, mesh)(_layer_weights(layers, index, mesh))
     rule = {"q_index": slots, "segments": segments, "causal_square": True}
     attend = functools.partial(mode.attend, **rule)
-    return decoder_layer(cfg, x, w, low, angles, logn, attend, relay, mode)
-
-
-def _firsts(frozen, index):
-    """The weights of a layer that are read first in a forward and in a backward pass."""
-    layers, *_ = frozen
-    return tuple(
-        Layer(stack=stack, index=index) for stack in (layers["attn"]["wqkv"], layers["mlp"]["down"])
-    )
-
-
-def _dequantize_ahead(layers, pairs, x: jax.Array) -> bool:
-    """Whether kernels take those weights as layer_loop dequantizes them ahead."""
-    weights = _firsts((layers,), jnp.int32(0))
-    own = (pairs.get("attn", {}).get("wqkv"), pairs.get("mlp", {}).get("down"))
-    rows = x.size // x.shape[-1]
-    return all(
-        isinstance(w.stack, QTensor) and ahead_serves(rows, w, pair, x.dtype)
-        for w, pair in zip(weights, own, strict=True)
-    )
+    return decoder_layer(cfg, x, w, low, angles, logn, attend, kept, mode)
 
 
 def hidden_states(
@@ -274,7 +255,6 @@ def hidden_states(
         run = Run(
             layer=layer, start=start, stop=stop, level=level, compute=compute, alone=alone,
             lean=remat is not None and remat.lean,
-            firsts=_firsts if alone and _dequantize_ahead(layers, pairs, x) else None,
         )  # fmt: skip
         x = run_layers(run, x, low, frozen)
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
@@ -325,9 +305,7 @@ def forward(
             )
             return attention(q, k_all, v_all, q_index=place.positions), written
 
-        relay = Relay.start(cache)
-        x, relay = decoder_layer(cfg, x, w, low, place.angles, place.logn, attend, relay)
-        return (x, relay.kept), None
+        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend, cache), None
 
     x = embed(params, tokens, mesh)
     bias = params["layers"]["attn"]["bqkv"]  # [L, 3, N, H]

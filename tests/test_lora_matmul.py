@@ -97,9 +97,10 @@ def test_each_weight_waits_for_the_product_before_it(monkeypatch, compute, limit
         check(ours, (0, 0), (0, 0))
     ours, *_ = run(zero * jnp.nan, zero)  # NaN in what came before reads no other layer
     check(ours, (0, 0), (0, 0))
-    monkeypatch.setattr(lora_products, "zero_after", lambda *arrays: one)
+    kept_weights = compute == "bf16"  # for e4m3 the gradient's is another, turned one
+    monkeypatch.setattr(lora_products, "_zero_after", lambda *arrays: one)
     ours, *batons = run(zero, zero)
-    assert batons == [1, 1]
+    assert batons == [1, 0 if kept_weights else 1]
     check(ours, (0, 1), (0, 1))
     ours, *_ = run(one, one)
     check(ours, (1, 1), (1, 1))

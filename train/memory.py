@@ -6,6 +6,7 @@ optimizer state, what the layers kept, and one layer's worth of work. Checked ag
 real runs in docs/benchmarks.md.
 """
 
+import bisect
 import dataclasses
 from typing import Any
 
@@ -79,22 +80,26 @@ class Workload:
                 "LoRA and its moments": 3 * pairs,
                 "LoRA gradients and casts": pairs + used * self.item // 2 + accumulator,
                 f"kept for the backward pass, {remat}": kept,
-                "work of one layer and of the loss": max(self._layer(), self._loss()),
+                "work of one layer and of the loss": max(self._layer(remat), self._loss()),
             },
             limit,
         )
 
-    def _layer(self) -> int:
-        """The weights of a layer in the compute dtype, and its activations in the backward pass.
+    def _layer(self, remat: Remat) -> int:
+        """Weights of a layer in the compute dtype, and its activations in the backward pass.
 
-        All the weights: so many are there when kernels run at once (train/overlap.py), or when a
-        recomputed layer holds them for its gradients; else (remat.lean) one or two, which makes the
-        plan a gigabyte too large.
+        All the weights where the last layers are recomputed, as they hold them for their gradients
+        (but for remat.lean, which makes that plan a gigabyte too large). Else, by what was seen on
+        a card where kernels run at once (train/overlap.py), no more than two large and a small one.
         """
         cfg, tensor = self.cfg, self.sizes["tensor"]
         weights = 0
         if self.format is not None or self.sizes["fsdp"] > 1:
-            weights = layer_values(cfg) // tensor
+            weights = layer_values(cfg)
+            if remat.runs[-1][1] in ("selective", "none"):
+                large = cfg.hidden_size * max(3 * cfg.attention_size, cfg.ffn_size)
+                weights = min(weights, 2 * large + cfg.hidden_size * cfg.attention_size)
+            weights //= tensor
         activations = self.tokens * (4 * cfg.ffn_size + 4 * cfg.attention_size) // tensor
         return (weights + activations + 2 * self.tokens * cfg.hidden_size) * self.item
 
@@ -114,15 +119,13 @@ class Workload:
         full = Remat.parse("full", layers)
         if not limit:
             return full
+        allowed = limit * (1 - MARGIN)
+        fits = lambda remat: self.budget(remat).total <= allowed  # noqa: E731
         base = "attention" if 2 * self.length > self.cfg.hidden_size else "full"
-        room = limit * (1 - MARGIN) - self.budget(full).total
-        step = self.saved_bytes(base) - self.saved_bytes("full")
-        if base == "attention" and room < layers * step:
-            attention = int(room // step)
-            return _mixed(layers, "full", ("attention", max(0, attention)))
-        room -= layers * step
-        kept = int(room // (self.saved_bytes("selective") - self.saved_bytes(base)))
-        return _mixed(layers, base, ("selective", max(0, kept)))
+        rest, level = (base, "selective") if fits(Remat.parse(base, layers)) else ("full", base)
+        mixes = [_mixed(layers, rest, (level, count)) for count in range(layers + 1)]
+        # The more layers keep more, the larger: the last one that fits, by halving.
+        return mixes[max(0, bisect.bisect_left(mixes, True, key=lambda mix: not fits(mix)) - 1)]
 
     def plan(self, remat: str, limit: int) -> "MemoryPlan":
         """That of a remat as Remat.parse reads it, or `auto`, on a device of `limit` bytes.

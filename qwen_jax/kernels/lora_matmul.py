@@ -13,15 +13,13 @@ dequantization of that one starts right after the product; before it, it would t
 multiprocessors. The gradient of the baton is such a zero, too, and goes from product to product
 the other way.
 
-The first weight of a layer, which no product of that layer stands before, is dequantized beside the
-last product of the layer before it (`ahead`), and comes to the product as it is.
-
 A training step keeps some results between its two passes, and makes others again (layer_loop.py):
 `products` writes what it makes to where it is kept, and `lora_matmul` takes what was kept instead
 of computing it. What it does compute, right before it is needed for gradients, leaves the
 dequantized weight for them as well.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -32,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from qwen_jax.kernels.dequantize import FP8, dequantize
+from qwen_jax.kernels.dequantize import dequantize
 from qwen_jax.kernels.hopper import on_hopper, served
-from qwen_jax.kernels.qmatmul import Weight, fp8_unit, input_gradient, qmatmul
+from qwen_jax.kernels.qmatmul import Weight, fp8_weight, input_gradient, qmatmul
 from qwen_jax.kernels.quantize_rows import quantize_rows
 from qwen_jax.quant import Layer, written
 
@@ -100,7 +98,6 @@ def products(
     baton: jax.Array,
     compute: str,
     into: tuple[Layer | None, ...] | None = None,  # stacks [L, *rows, *O] to write layers of
-    first: jax.Array | None = None,  # the first weight, dequantized ahead
 ) -> Products:
     """lora_matmul without gradients."""
     lows, ys, denses = narrow(x, pairs), [], []
@@ -112,8 +109,7 @@ def products(
         codes, unit = quantize_rows(x.reshape(-1, x.shape[-1]))  # once for all
         x = codes.reshape(x.shape)
     for w, low, pair, place in zip(weights, lows, pairs, into, strict=True):
-        y, baton, dense = product(x, w, low, pair, baton, compute, place, unit, first)
-        first = None
+        y, baton, dense = product(x, w, low, pair, baton, compute, place, unit)
         ys.append(y)
         denses.append(dense)
     return Products(ys=tuple(ys), lows=tuple(lows), baton=baton, dense=tuple(denses))
@@ -174,7 +170,6 @@ def product(
     compute: str,
     into: Layer | None = None,  # a stack [L, *rows, *O]
     unit: jax.Array | None = None,  # float32 [M]: x is in e4m3, its rows are multiples of it
-    dense: jax.Array | None = None,  # the weight, if it is there already
 ) -> tuple[jax.Array | Layer, jax.Array, jax.Array | None]:
     """x @ W^T + low @ b, [*rows, *O] or the stack; the baton; the weight as the kernel read it, if
     that of the gradient will read the same.
@@ -183,7 +178,7 @@ def product(
     if pair is not None and _served(x, w, low):
         b, shape = pair["b"].reshape(len(pair["b"]), -1), (*x.shape[:-1], *out)
         flat, dense, low, scale, baton = _operands(
-            x, w, low, baton, compute, backward=False, unit=unit, dense=dense
+            x, w, low, baton, compute, backward=False, unit=unit
         )
         y = _gemm(flat, dense, low, b, scale, shape, into)
         return y, baton, dense if scale is None else None
@@ -207,9 +202,12 @@ def gradient(
     K = math.prod(out)
     if pair is not None and fused(g.size // K, w, I, K, slope.dtype, slope.shape[-1]):
         rows = g.shape[: g.ndim - len(out)]
-        flat, dense, slope, scale, baton = _operands(
-            g.reshape(-1, K), w, slope, baton, compute, backward=True, dense=dense
-        )
+        flat, scale = g.reshape(-1, K), None
+        if dense is None:
+            flat, dense, slope, scale, baton = _operands(
+                flat, w, slope, baton, compute, backward=True
+            )
+        slope = slope.reshape(len(flat), -1)
         y = _gemm(flat, dense, slope, pair["a"], scale, (*rows, I), turned=scale is None)
         return y, baton
     y = input_gradient(g, w, compute)
@@ -227,47 +225,27 @@ def _operands(
     *,
     backward: bool,  # K are the outputs of the weight, N its inputs
     unit: jax.Array | None = None,  # of x, if it is in e4m3 already
-    dense: jax.Array | None = None,
 ):
     """What the kernel reads: x [M, K], the weight, low [M, R], scale [M] or None; the baton."""
+    # Never true, not of NaN either: a wrong number would be a read outside the stack.
+    w = dataclasses.replace(w, index=w.index + (baton > 0).astype(jnp.int32))
     x = x.reshape(-1, x.shape[-1])
     low, scale = low.reshape(len(x), -1), None
-    if dense is None:
-        w = _after(w, baton)
-        dense = ahead(w, None, x.dtype, compute, backward=backward)
     if compute == "fp8":
         if unit is None:
             x, unit = quantize_rows(x)
-        scale = unit * fp8_unit(w)
+        dense, of_weight = fp8_weight(w, turned=backward)
+        dense = dense.reshape(-1, x.shape[-1])
+        scale = unit * of_weight
         # The kernel scales the whole sum, so the low-rank term comes divided by it. A row of zeros
         # has a scale that may be flushed to zero, and nothing to divide.
         divisor = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)[:, None]
         low = (low.astype(jnp.float32) / divisor).astype(low.dtype)
         # Else the baton is computed from what low is made of, and is there before low is.
         low, scale = jax.lax.optimization_barrier((low, scale))
-    return x, dense, low, scale, zero_after(x, dense, low)
-
-
-def ahead(
-    w: Layer,  # [*O, I]
-    baton: jax.Array | None,
-    dtype: jnp.dtype,  # of activations
-    compute: str,
-    *,
-    backward: bool = False,
-) -> jax.Array:  # [N, K]; for the backward pass [K, N], in fp8 [N, K]
-    """The weight as the kernel reads it, dequantized when the baton is there."""
-    *out, I = w.shape
-    w = w if baton is None else _after(w, baton)
-    if compute != "fp8":
-        return dequantize(w, dtype).reshape(-1, I)
-    dense = dequantize(w, FP8, unit=fp8_unit(w), turned=backward)
-    return dense.reshape(-1, math.prod(out) if backward else I)
-
-
-def _after(w: Layer, baton: jax.Array) -> Layer:
-    # Never true, not of NaN either: a wrong number would be a read outside the stack.
-    return w.replace(index=w.index + (baton > 0).astype(jnp.int32))
+    else:
+        dense = dequantize(w, x.dtype).reshape(-1, w.shape[-1])
+    return x, dense, low, scale, _zero_after(x, dense, low)
 
 
 def _gemm(x, dense, low, b, scale, shape, into: Layer | None = None, *, turned: bool = False):
@@ -280,19 +258,10 @@ def _gemm(x, dense, low, b, scale, shape, into: Layer | None = None, *, turned: 
     return into.replace(stack=stack.reshape(-1, *shape))
 
 
-def zero_after(*arrays: jax.Array) -> jax.Array:  # float32 []
+def _zero_after(*arrays: jax.Array) -> jax.Array:  # float32 []
     """A zero that is not known before the arrays are, and that XLA does not see to be one."""
     firsts = (x.reshape(-1)[0].astype(jnp.float32) for x in arrays)
     return sum(jnp.minimum(jnp.abs(first), 0) for first in firsts)
-
-
-def ahead_serves(rows: int, w: Weight, pair: Pair | None, dtype: jnp.dtype) -> bool:
-    """Whether products with `rows` rows take the weight as `ahead` gives it, in both directions."""
-    if pair is None:
-        return False
-    *out, I = w.shape
-    O, rank = math.prod(out), pair["a"].shape[-2]
-    return all(fused(rows, w, N, K, dtype, rank) for N, K in ((O, I), (I, O)))
 
 
 def _served(x: jax.Array, w: Weight, low: jax.Array) -> bool:

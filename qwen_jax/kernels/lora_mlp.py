@@ -35,7 +35,6 @@ class Known:
     up: jax.Array | Layer  # [B, T, F], or a layer of a stack
     gate: jax.Array | Layer
     lows: tuple[jax.Array | None, ...]  # [B, T, R], narrow products of up, gate and down
-    down: jax.Array | None = None  # that weight for its gradient: lora_matmul.ahead
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -56,7 +55,7 @@ def lora_mlp(
 def _forward(xs, weights, pairs, baton, compute: str, lean: bool, again: bool, known: Known | None):
     x, y, dense = xs[0], jnp.zeros_like(xs[0]), (None, None, None)
     if known is not None:
-        up, gate, lows, dense = known.up, known.gate, known.lows, (None, None, known.down)
+        up, gate, lows = known.up, known.gate, known.lows
     else:
         first = products(x, weights[:2], pairs[:2], baton, compute)
         (up, gate), baton = first.ys, first.baton

@@ -60,16 +60,11 @@ def _dense(w: Weight, dtype: jnp.dtype) -> jax.Array:
 def fp8_weight(w: Weight, turned: bool = False) -> tuple[jax.Array, jax.Array]:
     """The weight in e4m3, [*O, I] or [I, *O], and the unit that its values are multiples of."""
     if isinstance(w, QTensor | Layer):
-        unit = fp8_unit(w)
+        unit = largest(w) / FP8_MAX
         return dequantize(w, FP8, unit=unit, turned=turned), unit
     unit = jnp.maximum(jnp.max(jnp.abs(w)).astype(jnp.float32), 1e-30) / FP8_MAX
     weight = (w.astype(jnp.float32) / unit).astype(FP8)
     return turn(weight) if turned else weight, unit
-
-
-def fp8_unit(w: QTensor | Layer) -> jax.Array:  # float32 []
-    """Of which the values of a quantized weight are multiples, in e4m3."""
-    return largest(w) / FP8_MAX
 
 
 def _fp8_product(
