@@ -37,6 +37,19 @@ def test_training_prints_a_row_for_each_compute():
         assert last < first and abs(first - math.log(151_936)) < 0.1
 
 
+def test_the_first_step_is_timed_cold_and_warm():
+    command = ["benchmarks.train", "--toy", "--seq", "64", "--sequences", "3", "--first_step"]
+    rows = output_of(*command, "--steps", "1", "--remat", "full").splitlines()
+    assert [row.split()[:4] for row in rows] == [["seq", "64", "bf16", "full"]] * 2
+    losses = [re.search(r"loss ([\d.]+ [\d.]+)", row)[1] for row in rows]
+    assert losses[0] == losses[1]
+    for row in rows:
+        first, compiling = map(
+            float, re.search(r"first step ([\d.]+) s, compiling ([\d.]+) s", row).groups()
+        )
+        assert first > compiling > 0
+
+
 def test_the_embedding_of_a_timed_step_lies_where_the_plan_puts_it():
     command = ["benchmarks.train", "--toy", "--seq", "64", "--quantize", "none", "--steps", "1"]
     rows = {
