@@ -23,7 +23,7 @@ from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.layer_loop import PLAIN, Plain, Relay, Run, run_layers
 from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
-from qwen_jax.positions import Place, logn_scale, ntk_row, rope, rope_angles
+from qwen_jax.positions import Place, logn_scale, ntk_row, positions_within, rope, rope_angles
 from qwen_jax.quant import Layer, QTensor, QuantFormat, with_bounds
 from qwen_jax.remat import OUT, QKV, Remat
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
@@ -219,7 +219,7 @@ def hidden_states(
     lora: Lora | None,
     tokens: jax.Array,  # int32 [B, T]
     *,
-    positions: jax.Array | None = None,  # int32 [B, T]; default 0..T-1
+    positions: jax.Array | None = None,  # int32 [B, T]; default from 0 in each row, or segment
     segments: jax.Array | None = None,  # int32 [B, T]: packed sequences do not see each other
     lengths: jax.Array | None = None,  # int32 [B]: inference with dynamic NTK and logn
     embedded: jax.Array | None = None,  # [B, T, D]: the embedding, if it was looked up already
@@ -233,9 +233,9 @@ def hidden_states(
     Only `lora` and `embedded` get gradients: those of the layers' params are zeros, all of them.
     """
     B, T = tokens.shape
-    plain = positions is None
     slots = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    positions = slots if plain else positions
+    if positions is None:
+        positions = slots if segments is None else positions_within(segments)
     ntk = jnp.zeros((B,), jnp.int32) if lengths is None else ntk_row(cfg, lengths)
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None

@@ -60,6 +60,13 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+def positions_within(segments: jax.Array) -> jax.Array:
+    """int32 [B, T], neighbours that are equal belong together -> [B, T]: from 0 in each segment."""
+    slots = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return slots - jax.lax.cummax(jnp.where(begins, slots, 0), axis=1)
+
+
 def logn_scale(cfg: ModelConfig, positions: jax.Array) -> jax.Array:
     """Query factor float32 [B, T, 1, 1]: log(p + 1) / log(seq_length) past seq_length, else 1."""
     factor = jnp.log(positions.astype(jnp.float32) + 1) / np.log(cfg.seq_length)

@@ -28,8 +28,10 @@ def relative_error(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("products, limit", [("bf16", 0.03), ("fp8", 0.15)])
-def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
+@pytest.mark.parametrize(
+    "products, packed, limit", [("bf16", False, 0.03), ("bf16", True, 0.03), ("fp8", False, 0.15)]
+)
+def test_gradients_equal_those_of_the_cpu_in_float32(products, packed, limit, capsys):
     # Wide enough for the kernels: 4-bit weights of whole tiles, heads of 128.
     cfg = tiny_config(
         vocab_size=512, hidden_size=1024, num_layers=2, num_heads=8, head_dim=128, ffn_size=1024
@@ -41,6 +43,8 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
     )
     tokens = jnp.asarray(rng.integers(0, 512, (1, 1, 512)), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": jnp.ones(tokens.shape, bool)}
+    if packed:
+        batch["segments"] = jnp.asarray(np.repeat([0, 1, 2], [200, 300, 12])[None, None], jnp.int32)
     params = init_params(cfg, jax.random.key(0), jnp.bfloat16, QuantFormat.named("nf4"))
 
     def run(device, compute, dtype):
@@ -62,8 +66,8 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, limit, capsys):
         for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(true), strict=True)
     ]
     with capsys.disabled():
-        print(f"\n{products}: loss {loss:.5f} against {true_loss:.5f}, gradients of the leaves off "
-              f"by {min(errors):.4f} to {max(errors):.4f}")  # fmt: skip
+        print(f"\n{products}{', packed' * packed}: loss {loss:.5f} against {true_loss:.5f}, "
+              f"gradients of the leaves off by {min(errors):.4f} to {max(errors):.4f}")  # fmt: skip
     assert abs(loss - true_loss) < 0.01 * true_loss
     assert max(errors) < limit
 

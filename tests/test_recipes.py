@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +35,7 @@ def stand_in(tmp_path_factory):
     lora = init_lora(cfg, lora_cfg, jax.random.key(0))
     lora = jax.tree.map(lambda x: x + 0.01, lora)
     work = place / "work"
+    shutil.copytree(ROOT / "demo" / "data", work / "data")
     save_peft(work / "my-adapter", cfg, lora_cfg, lora, base_name="x", fingerprint="")
     files = {
         kind: {path.name: path.read_bytes() for path in (place / "hub" / kind).iterdir()}
@@ -47,7 +49,7 @@ def stand_in(tmp_path_factory):
 @pytest.mark.slow
 def test_commands_run_as_written(stand_in):
     work, hub = stand_in
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     env = os.environ | {"HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)}
     output = []
     for command in COMMANDS:
@@ -62,3 +64,5 @@ def test_commands_run_as_written(stand_in):
     for text in (output[4], output[6]):
         assert "merged against the adapter in use on qwen-72b-int4: KL mean" in text
     assert (work / "merged" / "model.safetensors").exists()
+    (line,) = (line for line in output[7].splitlines() if line.startswith("packed: "))
+    assert line in TEXT

@@ -40,9 +40,10 @@ def on_a_card(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
 
 
-def lowered(remat: str, products: str) -> str:
+def lowered(remat: str, products: str, *, packed: bool = False) -> str:
     tokens = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
     batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
+    batch |= {"segments": tokens} if packed else {}
     params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("nf4"))
     lora = abstract_lora(CFG, LoraConfig(rank=8))
     compute = Compute(remat=Remat.parse(remat, CFG.num_layers), products=products)
@@ -86,6 +87,15 @@ def test_kernels_of_a_step(on_a_card, remat, products, expected):
     assert found == {**expected, "fmhaSoftmaxBackward": runs, "swiglu": runs}
     # The layer's result, and what is kept of the products, are written where they are kept.
     assert text.count("output_operand_alias<") == (5 if remat == "selective" else runs)
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("selective", 1), ("full", 2)])
+def test_packed_rows_keep_attention_as_others_do(on_a_card, remat, forward):
+    """Their mask is one more operand of cuDNN's; what it keeps must be found nevertheless."""
+    text = lowered(remat, "bf16", packed=True)
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == forward
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert "@__cudnn$fmhaSoftmax" not in text
 
 
 def test_no_stack_is_filled(on_a_card):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 
@@ -36,8 +37,10 @@ from qwen_jax.sharding import make_mesh, parse_mesh
 from train import lora as program
 from train import loss as loss_file
 from train.base import quantize_params
+from train.batches import Example, collate
 from train.loss import next_token_loss
 from train.memory import Workload
+from train.packing import pack
 from train.report import Report
 from train.step import (
     Compute,
@@ -155,6 +158,31 @@ def test_lora_gradients_match_torch(remat):
     their_loss, theirs = torch_loss_and_grads(cfg, weights, lora, tokens, mask)
     np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
     assert len(theirs) == 5
+    for (_, part, name), pair in theirs.items():
+        assert_trees_close(grads.weights["layers"][part][name], pair, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("remat", "mesh"), [("selective", "1"), ("full", "data=2,fsdp=2,tensor=2"), ("none", "1")]
+)
+def test_packed_rows_train_as_rows_of_their_own_in_torch(remat, mesh):
+    cfg = tiny_config(vocab_size=216)
+    weights, lora, rng = random_weights(cfg), random_lora(cfg), np.random.default_rng(1)
+    examples = [
+        Example(rng.integers(0, cfg.vocab_size, n).astype(np.int32), rng.random(n) < 0.4)
+        for n in (37, 20, 11, 30, 22, 60, 1)
+    ]
+    rows = pack(examples, 64)
+    assert len(rows) == 3
+    batch = collate(rows, batch_size=4, length=64, pad_id=5, packed=True)
+    batch = {name: jnp.asarray(batch[name])[None] for name in ("tokens", "loss_mask", "segments")}
+    mesh = make_mesh(parse_mesh(mesh))
+    loss, grads, _ = jitted(cfg, to_params(cfg, weights), lora, batch, remat, mesh)
+    apart = collate(examples, batch_size=7, length=60, pad_id=5)
+    their_loss, theirs = torch_loss_and_grads(
+        cfg, weights, lora, apart["tokens"], apart["loss_mask"]
+    )
+    np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
     for (_, part, name), pair in theirs.items():
         assert_trees_close(grads.weights["layers"][part][name], pair, rtol=1e-4)
 
@@ -373,7 +401,7 @@ def test_a_run_whose_plan_moves_the_embedding_to_the_host_learns_the_same(
         program.main(flags(run_folder, folder, *more))
         shown = capsys.readouterr().out
         assert "backward pass, selective" in shown
-        assert ("the embedding stays in host memory: more layers" in shown) == offloaded
+        assert ("the embedding stays in host memory, which makes room" in shown) == offloaded
         log = (folder / "trainer_log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     assert len(losses[0]) == 4 and losses[0][-1] < losses[0][0]
@@ -408,6 +436,21 @@ def test_settings_that_cannot_be_resumed_or_overwritten(run_folder, tmp_path, ca
     anew = ["--overwrite_output_dir", "--save_strategy", "epoch"]
     program.main(flags(run_folder, output, *short, *anew))
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("flag", ["--packing", "--neat_packing"])
+def test_a_packed_run_takes_fewer_rows_and_learns(run_folder, tmp_path, capsys, flag):
+    output, more = tmp_path / "out", ["--cutoff_len", "128", "--max_steps", "4"]
+    program.main(flags(run_folder, output, *more, flag, "--save_steps", "2"))
+    shown = capsys.readouterr().out
+    (line,) = (line for line in shown.splitlines() if line.startswith("packed: "))
+    assert re.fullmatch(r"packed: 10 examples in [345] rows of up to 1\d\d tokens, .*% full", line)
+    assert "1 an epoch" in shown  # 4 rows a step
+    log = [json.loads(x) for x in (output / "trainer_log.jsonl").read_text().splitlines()]
+    assert len(log) == 4 and log[-1]["loss"] < log[0]["loss"]
+    (output / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"another run \(.*packing true -> null"):
+        program.main(flags(run_folder, output, *more))
 
 
 def test_qlora_on_a_mesh_with_the_published_flags(run_folder, tmp_path, capsys):

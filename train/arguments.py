@@ -115,7 +115,11 @@ class Args:
     """print the memory that the run would need, and stop; needs no weights, only config.json"""
 
     cutoff_len: int = 2048
-    """tokens after which a row is cut"""
+    """tokens after which an example is cut"""
+    packing: bool = False
+    """fill rows of cutoff_len tokens with short examples, each of which sees only itself"""
+    neat_packing: bool = False
+    """the same as packing"""
     max_samples: int | None = None
     """rows read of each dataset; unset: all"""
     template: str = "qwen"
@@ -160,6 +164,10 @@ class Args:
     """accepted; training is all that this program does"""
     finetuning_type: str = "lora"
     """only lora"""
+
+    @property
+    def packed(self) -> bool:
+        return self.packing or self.neat_packing
 
 
 def check(args: Args) -> None:

@@ -21,6 +21,7 @@ class Example:
 
     ids: np.ndarray  # int32 [T]
     loss_mask: np.ndarray  # bool [T]
+    starts: tuple[int, ...] = (0,)  # of the sequences in it: several if they were packed
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
@@ -30,6 +31,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
         digest.update(len(example.ids).to_bytes(8, "little"))
         digest.update(np.ascontiguousarray(example.ids).tobytes())
         digest.update(np.packbits(example.loss_mask).tobytes())
+        digest.update(np.array(example.starts[1:], np.int64).tobytes())
     return digest.hexdigest()
 
 
@@ -96,11 +98,13 @@ def bucket_length(
 
 
 def collate(
-    examples: Sequence[Example], *, batch_size: int, length: int, pad_id: int
+    examples: Sequence[Example], *, batch_size: int, length: int, pad_id: int, packed: bool = False
 ) -> dict[str, np.ndarray]:
     """Pads examples on the right, and the batch with empty rows, to `[batch_size, length]`.
 
-    Returns tokens int32 [B, T], loss_mask bool [B, T] (False on padding), lengths int32 [B].
+    Returns tokens int32 [B, T], loss_mask bool [B, T] (False on padding), lengths int32 [B]; if
+    they are packed, also segments int32 [B, T]: the number of each token's sequence in its row, of
+    padding the next one.
     """
     longest = max((len(e.ids) for e in examples), default=0)
     if len(examples) > batch_size or longest > length:
@@ -113,7 +117,13 @@ def collate(
     for row, example in enumerate(examples):
         n = lengths[row] = len(example.ids)
         tokens[row, :n], loss_mask[row, :n] = example.ids, example.loss_mask
-    return {"tokens": tokens, "loss_mask": loss_mask, "lengths": lengths}
+    batch = {"tokens": tokens, "loss_mask": loss_mask, "lengths": lengths}
+    if packed:
+        segments = batch["segments"] = np.zeros((batch_size, length), np.int32)
+        for row, example in enumerate(examples):
+            for start in (*example.starts[1:], len(example.ids)):
+                segments[row, start:] += 1
+    return batch
 
 
 def batches(
@@ -124,9 +134,15 @@ def batches(
     *,
     cutoff_len: int,
     pad_id: int,
+    packed: bool = False,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (step, batch) for the optimizer steps start .. stop - 1; to resume, pass `start`."""
     for step in range(start, stop):
         chosen = [examples[i] for i in plan.batch_at(step)]
         length = bucket_length(max(len(e.ids) for e in chosen), cutoff_len)
-        yield step, collate(chosen, batch_size=plan.global_batch, length=length, pad_id=pad_id)
+        yield (
+            step,
+            collate(
+                chosen, batch_size=plan.global_batch, length=length, pad_id=pad_id, packed=packed
+            ),
+        )

@@ -39,6 +39,7 @@ from train.base import check_room_to_quantize, load_base
 from train.batches import Example, batches, bucket_length, fingerprint
 from train.data import load_dataset
 from train.memory import REMEDY, decide
+from train.packing import describe, pack
 from train.plan import ModelPlan, Plan
 from train.report import Report
 from train.state import check_free, find_start, load_state, prepare_output, save_checkpoint
@@ -101,12 +102,16 @@ def prepare(args: Args, sizes: dict[str, int]) -> None:
         system=args.system,
     )
     print(f"dataset {args.dataset}: {dataset.summary()}")
+    examples = dataset.examples
+    if args.packed:
+        examples = pack(examples, args.cutoff_len)
+        print(describe(examples))
     if args.compute == "fp8":
         print("compute fp8: faster and coarser; how it was tried stands in docs/benchmarks.md")
-    plan = Plan.make(args, model, sizes, len(dataset.examples))
+    plan = Plan.make(args, model, sizes, len(examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
     say_replicated(model, sizes)
-    longest = max(len(example.ids) for example in dataset.examples)
+    longest = max(len(example.ids) for example in examples)
     length = bucket_length(longest, args.cutoff_len)
     limit = mesh_limit(mesh)
     check_room_to_quantize(manifest, model.dtype, model.quantize_to, sizes, limit)
@@ -116,7 +121,7 @@ def prepare(args: Args, sizes: dict[str, int]) -> None:
 
     compute = Compute(remat=memory.remat, products=args.compute, mesh=mesh, overlap=args.overlap)
     on_host = memory.offload_embedding
-    train(args, plan, dataset.examples, tokenizer.eod_id, compute, on_host, resume_from)
+    train(args, plan, examples, tokenizer.eod_id, compute, on_host, resume_from)
 
 
 def check_heads(sizes: dict[str, int], cfg: ModelConfig) -> None:
@@ -191,7 +196,13 @@ def train(
     before = metrics = None  # of the last two steps
     with contextlib.closing(report), interruptible() as interrupted:
         for step, batch in batches(
-            examples, plan.batches, first, plan.total, cutoff_len=args.cutoff_len, pad_id=pad_id
+            examples,
+            plan.batches,
+            first,
+            plan.total,
+            cutoff_len=args.cutoff_len,
+            pad_id=pad_id,
+            packed=args.packed,
         ):
             if table is not None:
                 # Looked up while the last step runs, but not before the one before it has ended:
@@ -236,7 +247,7 @@ def start_state(
 
 
 def micro_batches(
-    batch: dict[str, np.ndarray],  # tokens, loss_mask [A * B, T]
+    batch: dict[str, np.ndarray],  # tokens, loss_mask, perhaps segments [A * B, T]
     accumulation: int,  # A
     mesh: Mesh,
     table: np.ndarray | None = None,  # [V, D]: an embedding that stays on the host
@@ -246,19 +257,18 @@ def micro_batches(
     Each process places, and looks up, only the rows of its own devices.
     """
     layout = batch_sharding(mesh)
-    tokens, mask = (
-        batch[name].reshape(accumulation, -1, batch[name].shape[-1])
-        for name in ("tokens", "loss_mask")
-    )
+    cut = {
+        name: batch[name].reshape(accumulation, -1, batch[name].shape[-1])
+        for name in ("tokens", "loss_mask", "segments")
+        if name in batch
+    }
 
     def placed(shape: tuple[int, ...], part) -> jax.Array:
         return jax.make_array_from_callback(shape, layout, part)
 
-    rows = {
-        "tokens": placed(tokens.shape, tokens.__getitem__),
-        "loss_mask": placed(mask.shape, mask.__getitem__),
-    }
+    rows = {name: placed(x.shape, x.__getitem__) for name, x in cut.items()}
     if table is not None:
+        tokens = cut["tokens"]
         shape = (*tokens.shape, table.shape[-1])
         rows["embedded"] = placed(shape, lambda index: table[tokens[index[:3]]])
     return rows

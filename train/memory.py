@@ -42,6 +42,7 @@ class Workload:
     length: int  # tokens of a row
     accumulation: int = 1
     offload_embedding: bool = False
+    packed: bool = False  # rows hold several sequences each
 
     @property
     def tokens(self) -> int:
@@ -101,7 +102,8 @@ class Workload:
                 weights = min(weights, 2 * large + cfg.hidden_size * cfg.attention_size)
             weights //= tensor
         activations = self.tokens * (4 * cfg.ffn_size + 4 * cfg.attention_size) // tensor
-        return (weights + activations + 2 * self.tokens * cfg.hidden_size) * self.item
+        mask = self.tokens * self.length if self.packed else 0  # cuDNN takes it as numbers
+        return (weights + activations + 2 * self.tokens * cfg.hidden_size + mask) * self.item
 
     def _loss(self) -> int:
         """Logits of a chunk in float32, their gradient in the compute dtype."""
@@ -184,6 +186,7 @@ def workload(args: Args, model: ModelPlan, sizes: dict[str, int], length: int) -
         length=length,
         accumulation=args.gradient_accumulation_steps,
         offload_embedding=args.offload_embedding,
+        packed=args.packed,
     )
 
 

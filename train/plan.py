@@ -96,6 +96,7 @@ class Plan:
             "dataset": args.dataset,
             "examples": self.batches.num_examples,
             "cutoff_len": args.cutoff_len,
+            "packing": args.packed or None,  # as a checkpoint that knew nothing of it
             "global_batch": self.batches.global_batch,
             "total_steps": self.total,
             "warmup_steps": self.warmup,

@@ -138,7 +138,7 @@ def loss_and_grads(
     lora: Lora,
     batch: dict[
         str, jax.Array
-    ],  # tokens int32, loss_mask bool [A, B, T]; perhaps embedded [A, B, T, D]
+    ],  # tokens int32, loss_mask bool [A, B, T]; perhaps segments int32, embedded [A, B, T, D]
     compute: Compute,
 ) -> tuple[jax.Array, Lora, jax.Array]:  # float32 [], float32 tree, int32 []
     """Mean loss over the trained tokens of all micro batches, its gradient, and their count."""
@@ -149,6 +149,7 @@ def loss_and_grads(
             params,
             lora,
             rows["tokens"],
+            segments=rows.get("segments"),
             embedded=rows.get("embedded"),
             remat=compute.remat,
             compute=compute.products,
