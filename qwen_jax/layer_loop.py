@@ -1,6 +1,6 @@
 """Layers one after another in training: what each keeps for the backward pass, and that pass.
 
-    forward   x -> layer 0 -> layer 1 -> ...     each writes its input, and what its level names
+    forward   x -> layer 0 -> layer 1 -> ...     each writes its result, and what its level names
                                                  (remat.py), into its place of a stack [L, ...]
     backward  each layer, last to first, is run again with what it kept in place of what made it,
               and differentiated
@@ -49,6 +49,7 @@ class Plain:
 
     compute: str = "bf16"  # "fp8": products with frozen weights in e4m3
     lean: bool = False  # dequantizes once more for gradients, rather than hold a layer's weights
+    alone: bool = False  # on one device, so that kernels may run
     place: Layer | None = None  # where the layer's input lies, on one device
 
     def norm(self, x, y, weight, eps: float, readers: int = 1, kept: Any = None):
@@ -77,7 +78,8 @@ class Plain:
         """down(up(x) * silu(gate(x))) for the weights up, gate and down: y [B, T, D] and the relay.
         x comes twice, as norm gives it.
         """
-        y, baton = lora_mlp(xs, weights, pairs, relay.baton, self.compute, self.lean)
+        how = self.compute, self.lean, self.alone
+        y, baton = lora_mlp(xs, weights, pairs, relay.baton, *how)
         return y, relay.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -122,12 +124,12 @@ class Keeping(Plain):
         names = (UP, GATE)
         ys, relay = self.multiply(names, xs[0], weights[:2], pairs[:2], relay)
         kept = relay.kept
-        if self.index is not None:  # a kernel reads them where they lie
+        if self.index is not None and self.alone:  # a kernel reads them where they lie
             ys = [
                 self._place(kept[name]) if name in self.names else y
                 for name, y in zip(names, ys, strict=True)
             ]
-        made = down_products(*ys, weights[2], pairs[2], relay.baton, self.compute)
+        made = down_products(*ys, weights[2], pairs[2], relay.baton, self.compute, self.alone)
         if LOW in self.names:
             kept = self._write(_low((DOWN,)), made.lows, kept)
         return made.ys[0], Relay(baton=made.baton, kept=kept)
@@ -174,10 +176,10 @@ class Recalling(Plain):
         kept, known = relay.kept, None
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
-            known = Known(up=kept[UP], gate=kept[GATE], lows=lows)
-        y, baton = lora_mlp(
-            xs, weights, pairs, relay.baton, self.compute, self.lean, again=True, known=known
-        )
+            ys = kept[UP], kept[GATE]
+            known = Known(*(ys if self.alone else _cut(ys)), lows=lows)
+        how = self.compute, self.lean, self.alone
+        y, baton = lora_mlp(xs, weights, pairs, relay.baton, *how, again=True, known=known)
         return y, relay.replace(baton=baton)
 
     def attend(self, q, k, v, kept: Kept, **rule):
@@ -242,7 +244,7 @@ def _all_but_weights(primitive, *_, **__) -> bool:
 
 
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
-    mode = Plain(compute=run.compute, lean=run.lean)
+    mode = Plain(compute=run.compute, lean=run.lean, alone=run.alone)
 
     def body(x, per_layer):
         index, low = per_layer
@@ -258,7 +260,7 @@ def _run_again(run: Run, x, low, frozen):
 
 
 def _forward(run: Run, x, low, frozen):
-    mode = Keeping(names=SAVED[run.level], compute=run.compute)
+    mode = Keeping(names=SAVED[run.level], compute=run.compute, alone=run.alone)
 
     def shapes(low):
         first = jax.tree.map(lambda stack: stack[0], low)
@@ -287,7 +289,7 @@ def _forward(run: Run, x, low, frozen):
 
 def _backward(run: Run, residuals, gradient):
     inputs, kept, low, frozen = residuals
-    mode = Recalling(compute=run.compute, lean=run.lean)
+    mode = Recalling(compute=run.compute, lean=run.lean, alone=run.alone)
 
     def body(gradient, per_layer):
         index, low = per_layer

@@ -110,18 +110,44 @@ def test_what_layers_keep_is_what_xla_allocates(tensor):
 
 
 def test_the_plan_of_72b_nf4_agrees_with_the_peaks_seen_on_a_card():
-    # Tokens, remat and GB seen on one H100 at all 80 layers: the table in docs/benchmarks.md.
+    # Tokens, remat and GB seen on one H100 at all 80 layers, with the code of their day.
     for length, text, seen in (
         (2048, "selective", 76.61),
         (4096, "selective:40,full:40", 81.00),
         (4096, "full:37,selective:43", 79.78),
         (8192, "selective:8,attention:72", 78.23),
+        (8192, "selective:8,attention:72", 77.97),
         (2048, "full", 44.45),
+        (2048, "full", 43.84),
     ):
         on_host = text in ("full", "full:37,selective:43")
         work = workload(length=length, offload_embedding=on_host)
         planned = work.budget(Remat.parse(text, 80)).total / 1e9
-        assert abs(planned / seen - 1) < 0.05, text
+        assert abs(planned / seen - 1) < 0.03, text
+
+
+def test_each_run_of_layers_has_its_moment():
+    """A layer that is run again holds all its weights, while those before it still keep theirs."""
+    work = workload(length=512)
+
+    def total(text):
+        return work.budget(Remat.parse(text, 80)).total
+
+    # 80 layers that keep nothing need less than when one of them does: then none is lean any more.
+    all_weights = 2 * (4 * 8192**2 + 3 * 8192 * 24576)
+    some_weights = 2 * (2 * 24576 + 8192) * 8192
+    lean, mixed = total("full"), total("full:79,selective:1")
+    one_kept = work.saved_bytes("selective") - work.saved_bytes("full")
+    assert one_kept < all_weights - some_weights
+    assert mixed - lean == all_weights - some_weights - work.saved_bytes("full")
+    # Where so many keep their products that these are more, that moment counts.
+    many = total("full:40,selective:40")
+    inputs = 512 * 8192 * 2  # one more result behind the inputs of a run
+    assert many - lean == 40 * one_kept + inputs
+    # On a mesh all weights of a layer may be there at once.
+    mesh = workload(format=None, length=512, sizes=ONE | {"fsdp": 8})
+    planned = mesh.budget(Remat.parse("selective", 80)).items
+    assert planned["work of one layer or of the loss"] > all_weights
 
 
 def test_chosen_remat_fits_and_uses_the_room():
@@ -161,7 +187,7 @@ def test_the_embedding_leaves_the_device_if_more_layers_then_keep_their_products
     plan, without = work.plan("auto", card), work.choose_remat(card)
     assert plan.offload_embedding and kept(plan.remat) >= kept(without) + 3
     assert "embedding" not in plan.budget.items and plan.budget.total < card
-    assert plan.describe().endswith("in host memory, which makes room for what layers keep")
+    assert plan.describe().endswith("in host memory, which makes room on the device")
     # All fits, nothing is known of the card, or what each step would hold of it is more than it.
     fits = workload(length=2048).plan("auto", card)
     assert not fits.offload_embedding and str(fits.remat) == "selective"
@@ -196,12 +222,12 @@ def test_what_cannot_fit_is_refused_with_its_numbers():
 
 
 def test_more_devices_hold_less():
-    whole = workload().budget(Remat.parse("full", 80)).items
+    whole = workload().budget(Remat.parse("attention", 80)).items
     cut = dataclasses.replace(workload(), sizes=ONE | {"fsdp": 8})
-    part = cut.budget(Remat.parse("full", 80)).items
+    part = cut.budget(Remat.parse("attention", 80)).items
     codes = "linear layers, nf4 codes"
     assert part[codes] * 8 == whole[codes]
-    work = "work of one layer and of the loss"  # weights are gathered layer by layer
+    work = "work of one layer or of the loss"  # weights are gathered layer by layer
     assert part[work] == whole[work]
 
 

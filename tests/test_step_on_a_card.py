@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import Mesh
 from tiny import tiny_config
 
 from qwen_jax import layer_loop
@@ -22,7 +23,8 @@ from qwen_jax.kernels import (
 from qwen_jax.params import abstract_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
-from train.step import Compute, loss_and_grads
+from qwen_jax.sharding import make_mesh, parse_mesh
+from train.step import Compute, batch_sharding, loss_and_grads
 
 # Wide enough for all kernels.
 CFG = tiny_config(
@@ -40,13 +42,15 @@ def on_a_card(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
 
 
-def lowered(remat: str, products: str, *, packed: bool = False) -> str:
-    tokens = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
-    batch = {"tokens": tokens, "loss_mask": jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)}
-    batch |= {"segments": tokens} if packed else {}
-    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("nf4"))
-    lora = abstract_lora(CFG, LoraConfig(rank=8))
-    compute = Compute(remat=Remat.parse(remat, CFG.num_layers), products=products)
+def lowered(remat: str, products: str, *, packed: bool = False, mesh: Mesh | None = None) -> str:
+    shape = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
+    if mesh is not None:
+        shape = jax.ShapeDtypeStruct((1, 2, 512), jnp.int32, sharding=batch_sharding(mesh))
+    batch = {"tokens": shape, "loss_mask": shape.update(dtype=jnp.bool_)}
+    batch |= {"segments": shape} if packed else {}
+    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("nf4"), mesh)
+    lora = abstract_lora(CFG, LoraConfig(rank=8), mesh=mesh)
+    compute = Compute(remat=Remat.parse(remat, CFG.num_layers), products=products, mesh=mesh)
     step = jax.jit(lambda p, l, b: loss_and_grads(CFG, p, l, b, compute))
     return step.trace(params, lora, batch).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -87,6 +91,16 @@ def test_kernels_of_a_step(on_a_card, remat, products, expected):
     assert found == {**expected, "fmhaSoftmaxBackward": runs, "swiglu": runs}
     # The layer's result, and what is kept of the products, are written where they are kept.
     assert text.count("output_operand_alias<") == (5 if remat == "selective" else runs)
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize(("remat", "products"), [("full", "bf16"), ("selective", "fp8")])
+def test_no_kernel_runs_on_a_mesh(on_a_card, monkeypatch, axis, remat, products):
+    """The compiler cannot cut them: it would gather all that they read, on every device."""
+    monkeypatch.setattr(attention, "_choose", lambda *_: "xla")  # cuDNN's is cut by jax
+    mesh = make_mesh(parse_mesh(f"{axis}=2"))
+    assert "mosaic_gpu" not in lowered(remat, products, mesh=mesh)
+    assert "mosaic_gpu" in lowered(remat, products)
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("selective", 1), ("full", 2)])

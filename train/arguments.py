@@ -108,7 +108,7 @@ class Args:
     memory), schedule, pipeline, or auto"""
     offload_embedding: bool = False
     """keep the embedding table in host memory and look rows up there: 2.5 GB less for 72B; unset:
-    only if --remat auto can let more layers keep their products in its place"""
+    only if --remat auto gains by it"""
     device_memory: float | None = None
     """GB of each device to plan for; unset: what this machine's devices have"""
     plan: bool = False

@@ -8,6 +8,7 @@ real runs in docs/benchmarks.md.
 
 import bisect
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,7 @@ class Workload:
         pairs = device_bytes(abstract_lora(cfg, self.lora, mesh=abstract_mesh(self.sizes)))
         joined = abstract_mesh(self.sizes | {"fsdp": 1})  # as the layers use and return them
         used = device_bytes(abstract_lora(cfg, self.lora, mesh=joined))
-        kept = self._kept(remat)
-        # The result of a run's last layer lies behind the inputs of them all.
-        ends = sum(level != "none" for _, level in remat.runs)
-        kept += ends * self.tokens * cfg.hidden_size * self.item
+        kept, work = self._fullest(remat)
         accumulator = pairs if self.accumulation > 1 else 0
         return Budget(
             {
@@ -81,23 +79,37 @@ class Workload:
                 "LoRA and its moments": 3 * pairs,
                 "LoRA gradients and casts": pairs + used * self.item // 2 + accumulator,
                 f"kept for the backward pass, {remat}": kept,
-                "work of one layer and of the loss": max(self._layer(remat), self._loss()),
+                "work of one layer or of the loss": work,
             },
             limit,
         )
 
-    def _layer(self, remat: Remat) -> int:
+    def _fullest(self, remat: Remat) -> tuple[int, int]:
+        """What layers keep, and the work beside it, when both together are most.
+
+        That is while the last layer of some run is differentiated: its run and those before it
+        still keep what they keep; or during the loss.
+        """
+        moments, kept = [], 0
+        for count, level in remat.runs:
+            kept += count * self.saved_bytes(level)
+            if level != "none":  # the result of a run's last layer lies behind the inputs of them
+                kept += self.tokens * self.cfg.hidden_size * self.item
+            moments.append((kept, self._layer(remat.lean or level in ("selective", "none"))))
+        return max(*moments, (kept, self._loss()), key=sum)
+
+    def _layer(self, some: bool) -> int:
         """Weights of a layer in the compute dtype, and its activations in the backward pass.
 
-        All the weights where the last layers are recomputed, as they hold them for their gradients
-        (but for remat.lean, which makes that plan a gigabyte too large). Else, by what was seen on
-        a card where kernels run at once (train/overlap.py), no more than two large and a small one.
+        All the weights, as a mesh may gather them at once, and a recomputed layer holds them for
+        its gradients. On one device other layers, and those of a lean remat, use some: by what was
+        seen on a card where kernels run at once (train/overlap.py), two large and a small one.
         """
         cfg, tensor = self.cfg, self.sizes["tensor"]
         weights = 0
         if self.format is not None or self.sizes["fsdp"] > 1:
             weights = layer_values(cfg)
-            if remat.runs[-1][1] in ("selective", "none"):
+            if some and math.prod(self.sizes.values()) == 1:
                 large = cfg.hidden_size * max(3 * cfg.attention_size, cfg.ffn_size)
                 weights = min(weights, 2 * large + cfg.hidden_size * cfg.attention_size)
             weights //= tensor
@@ -169,7 +181,7 @@ class MemoryPlan:
         """Lines for the log."""
         lines = self.budget.describe()
         if self.offload_embedding:
-            reason = ", which makes room for what layers keep" if self.unasked else ""
+            reason = ", which makes room on the device" if self.unasked else ""
             lines += f"\nthe embedding stays in host memory{reason}"
         return lines
 
