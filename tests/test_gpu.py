@@ -9,7 +9,9 @@ from tiny import tiny_config
 
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.kernels.attention import attention
+from qwen_jax.kernels.dequantize import FP8
 from qwen_jax.kernels.quantize_rows import quantize_rows
+from qwen_jax.kernels.swiglu import swiglu_narrow
 from qwen_jax.params import init_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
@@ -86,6 +88,22 @@ def test_rows_to_e4m3(K):
     # as the float32 quotient of the kernel can tell.
     off, least = (np.abs(c - quotient) for c in (np.asarray(codes, np.float64), nearest))
     assert (off <= least + 1e-6 * np.abs(quotient)).all()
+
+
+@pytest.mark.parametrize("F", [3840, 24576])
+def test_swiglu_rounded_by_the_blocks_of_a_cluster(F):
+    """Three blocks, and eight, that share each row's largest value."""
+    up, gate = (jax.random.normal(jax.random.key(i), (2, 512, F), jnp.bfloat16) for i in range(2))
+    a = jax.random.normal(jax.random.key(2), (8, F), jnp.bfloat16)
+    ours, theirs = (
+        swiglu_narrow(up[1], gate[0], a, kind, implementation=how)
+        for kind, how in ((FP8, "mosaic"), (a.dtype, "xla"))
+    )
+    h = np.asarray(theirs.h, np.float32)
+    np.testing.assert_allclose(ours.unit, np.abs(h).max(axis=1) / 448, rtol=2**-7)
+    # e4m3 keeps 4 bits, bfloat16 8.
+    assert relative_error(np.asarray(ours.h, np.float32) * ours.unit[:, None], h) < 2**-4
+    assert relative_error(ours.low, theirs.low) < 2**-7
 
 
 def test_packed_rows_on_cudnn_equal_the_reference():

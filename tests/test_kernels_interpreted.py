@@ -270,10 +270,54 @@ def test_gradient_of_swiglu(monkeypatch, M, F, R):
 @pytest.mark.parametrize(("M", "F", "R", "across"), [(16, 3840, 8, 3), (24, 384, 16, 1)])
 def test_swiglu_with_its_narrow_product(monkeypatch, M, F, R, across, dtype):
     """Layer 1 of one stack and 0 of another; h where it is wanted."""
-    inputs = [normal(i, s, jnp.bfloat16) for i, s in enumerate([(2, M, F), (1, M, F), (R, F)])]
+    inputs = swiglu_inputs(M, F, R)
     up, gate, a = (jnp.asarray(x) for x in inputs)
     want = swiglu_narrow(up[1], gate[0], a, a.dtype, implementation="xla")
+    low, *made = run_swiglu_low(monkeypatch, inputs, dtype, across)
+    assert relative_error(low, want.low) < 2**-8
+    h = np.asarray(want.h, np.float32)
+    if dtype == BF16:
+        assert (made[0] == h).mean() > 0.99  # the order of two multiplications may round away
+        assert relative_error(made[0], h) < 2**-9
+    if dtype == FP8:
+        codes, unit = quantize_rows_xla(want.h)
+        np.testing.assert_allclose(made[1], unit, rtol=2**-7)
+        assert relative_error(made[0] * made[1][:, None], h) < 2**-4
+        assert (made[0] == np.asarray(codes, np.float32)).mean() > 0.98
 
+
+def test_rows_of_swiglu_that_are_no_numbers_are_no_others(monkeypatch):
+    """Zeros, NaN, infinity, and what a float32 cannot hold."""
+    up, gate, a = swiglu_inputs(16, 1024, 8)
+    up[1, 0] = 0
+    up[1, 1, 5] = np.nan
+    up[1, 2, 7] = np.inf
+    up[1, 3], gate[0, 3] = 1e-30, 1e-20
+    up[1, 4] *= 1e30
+    gate[0, 4] = 3e38
+    gate[0, 5] = -200
+    with np.errstate(all="ignore"):
+        low, codes, unit = run_swiglu_low(monkeypatch, (up, gate, a), FP8, 1)
+        want = swiglu_narrow(*map(jnp.asarray, (up[1], gate[0], a)), BF16, implementation="xla")
+        their_codes, their_unit = (np.asarray(x, np.float32) for x in quantize_rows_xla(want.h))
+    np.testing.assert_allclose(unit, their_unit, rtol=2**-7)
+    np.testing.assert_array_equal(np.isnan(codes), np.isnan(their_codes))
+    np.testing.assert_array_equal(np.isnan(low), np.isnan(np.asarray(want.low, np.float32)))
+    assert (
+        np.isnan(codes).any(axis=1).sum() >= 3 and not np.isnan(codes[[0, 3, *range(5, 16)]]).any()
+    )
+    for row in (0, 3, 5):
+        np.testing.assert_array_equal(codes[row], 0)
+    assert relative_error(codes[6:], their_codes[6:]) < 2**-4
+
+
+def swiglu_inputs(M, F, R):
+    return [normal(i, s, jnp.bfloat16) for i, s in enumerate([(2, M, F), (1, M, F), (R, F)])]
+
+
+def run_swiglu_low(monkeypatch, inputs, dtype, across):
+    """The narrow product, h if it is wanted, its unit if it is in e4m3."""
+    (_, M, F), R = inputs[0].shape, len(inputs[2])
     body = dataclasses.replace(low_body.check(M, F, R, rounds=True), dtype=dtype)
     assert body.across == across
     launch = Launch(
@@ -289,16 +333,7 @@ def test_swiglu_with_its_narrow_product(monkeypatch, M, F, R, across, dtype):
     with interpreted(launch, monkeypatch, low_body, swiglu_body):
         body(None, *refs, *outs, ("shared", 0))
     low, *made = (launch.read(out).astype(np.float32) for out in outs)
-    assert relative_error(low.sum(0), want.low) < 2**-8
-    h = np.asarray(want.h, np.float32)
-    if dtype == BF16:
-        assert (made[0] == h).mean() > 0.99  # the order of two multiplications may round away
-        assert relative_error(made[0], h) < 2**-9
-    if dtype == FP8:
-        codes, unit = quantize_rows_xla(want.h)
-        np.testing.assert_allclose(made[1], unit, rtol=2**-7)
-        assert relative_error(made[0] * made[1][:, None], h) < 2**-4
-        assert (made[0] == np.asarray(codes, np.float32)).mean() > 0.98
+    return low.sum(0), *made
 
 
 @pytest.mark.parametrize(("D", "added", "readers"), [(1024, False, 1), (6144, True, 2)])

@@ -1,13 +1,24 @@
 """The three formats against bitsandbytes, the GPTQ rules and float64 arithmetic."""
 
 import bitsandbytes.functional as bnb
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from qwen_jax.errors import InputError
-from qwen_jax.quant import DYNAMIC_CODE, NF4_CODE, QuantFormat, dequantize, group_scales, quantize
+from qwen_jax.quant import (
+    DYNAMIC_CODE,
+    NF4_CODE,
+    Layer,
+    QuantFormat,
+    dequantize,
+    group_scales,
+    largest,
+    quantize,
+    with_bounds,
+)
 
 pytestmark = pytest.mark.optimized
 
@@ -103,6 +114,18 @@ def test_mean_absolute_error_of_each_format_is_pinned():
 def test_zeros_stay_zeros(kind):
     q = quantize(jnp.zeros((4, 128)), QuantFormat.named(kind))
     assert not np.asarray(dequantize(q, jnp.float32)).any()
+
+
+@pytest.mark.parametrize(("kind", "slack"), [("nf4", 1.03), ("int4", 1.2), ("int8", 1.01)])
+def test_each_layer_has_its_own_bound(kind, slack):
+    """Which no value exceeds, and which is not far off: int4 counts to -8, values end at 7."""
+    layers = [quantize(weights((8, 256), i, 10.0**i), QuantFormat.named(kind)) for i in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    for i, layer in enumerate(layers):
+        most = np.abs(dequantize(layer, jnp.float32)).max()
+        for w in (layer, with_bounds(stack)):
+            w = w if w is layer else Layer(stack=w, index=jnp.int32(i))
+            assert most <= largest(w) * (1 + 1e-6) <= slack * most
 
 
 def test_a_width_that_the_group_does_not_divide_is_refused():
