@@ -13,18 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from qwen_jax.adapters import Lora
 from qwen_jax.cache import KVCache, key_units, read, write
 from qwen_jax.config import ModelConfig
 from qwen_jax.kernels.attention import attention
-from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.kernels.rms_norm import rms_norm
-from qwen_jax.layer_loop import PLAIN, Plain, Relay, Run, run_layers
-from qwen_jax.params import EMBEDDING_AXES, gathered_layer_specs, leaf_spec, param_table
+from qwen_jax.layer_loop import Run, run_layers
+from qwen_jax.layer_modes import PLAIN, Plain, Relay
+from qwen_jax.layer_weights import is_quantized, joined_layer, joined_pairs, pinned_layer, share_of
+from qwen_jax.params import EMBEDDING_AXES
 from qwen_jax.positions import Place, logn_scale, ntk_row, positions_within, rope, rope_angles
-from qwen_jax.quant import Layer, QTensor, QuantFormat, with_bounds
+from qwen_jax.quant import with_bounds
 from qwen_jax.remat import OUT, QKV, Remat
 from qwen_jax.sharding import batch_spec, constrain, partition_spec
 
@@ -40,7 +41,7 @@ def mlp_block(
 ) -> tuple[jax.Array, Relay]:
     """SwiGLU: x [B, T, D] -> down(up(x) * silu(gate(x))); torch calls up w1 and gate w2.
 
-    The relay, here and below, goes from product to product; the mode computes them: layer_loop.py.
+    The relay, here and below, goes from product to product; the mode computes them: layer_modes.py.
     """
     names = ("up", "gate", "down")
     with jax.named_scope("mlp"):
@@ -65,61 +66,6 @@ def project_out(x, w, lora, relay, mode=PLAIN):
     x, pairs = x.reshape(*x.shape[:2], -1), (lora.get("wo"),)
     (y,), relay = mode.multiply((OUT,), x, (w["wo"],), pairs, relay)
     return y, relay
-
-
-def _format_of(layers: Params) -> QuantFormat | None:
-    w = layers["attn"]["wqkv"]
-    if not isinstance(w, QTensor):
-        return None
-    groups = w.scale.shape[-1]
-    group = 0 if w.kind == "int8" and groups == 1 else w.in_size // groups
-    return QuantFormat(kind=w.kind, group=group)
-
-
-def _gather(cfg: ModelConfig, layers: Params, mesh: Mesh | None):
-    """Returns a function that pins one layer's packed weights to their layout at use."""
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return lambda w: w
-    specs = gathered_layer_specs(cfg, _format_of(layers), mesh)
-    return lambda w: jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
-
-
-def _gather_pairs(cfg: ModelConfig, pairs: Params, mesh: Mesh | None) -> Params:
-    """Joins the fsdp slices of LoRA (as `lora_layers` gives it), once for all layers.
-
-    190 MB at 72B and rank 8. Left in slices, XLA multiplies with each of them where it lies and
-    exchanges the results, 0.3 GB a layer at 2,048 tokens of 72B.
-    """
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return pairs
-    gathered = {block: dict(inside) for block, inside in pairs.items()}
-    for spec in param_table(cfg):
-        block, name = spec.path[1:] if len(spec.path) == 3 else ("", "")
-        if name in gathered.get(block, {}):
-            pair, layout = gathered[block][name], leaf_spec(spec, mesh, None, ("fsdp",))
-            gathered[block][name] = {
-                "a": constrain(pair["a"], mesh, PartitionSpec(None, None, layout[-1])),
-                "b": constrain(pair["b"], mesh, PartitionSpec(None, None, *layout[:-1])),
-            }
-    return gathered
-
-
-def _layer_weights(layers: Params, index: jax.Array, mesh: Mesh | None) -> Params:
-    """One layer of the stacks. Indexed here, inside the loop: as scan inputs, a run of some of the
-    layers would first be copied out of the stacks, gigabytes of it.
-
-    On one device quantized weights stay where they are, for the kernel that reads them there.
-    """
-
-    def cut(stack: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
-
-    def one(stack: jax.Array | QTensor) -> Weight:
-        if isinstance(stack, QTensor) and (mesh is None or mesh.size == 1):
-            return Layer(stack=stack, index=index)
-        return jax.tree.map(cut, stack)
-
-    return jax.tree.map(one, layers, is_leaf=lambda w: isinstance(w, QTensor))
 
 
 def lora_layers(lora: Lora | None, dtype: jnp.dtype) -> Params:
@@ -189,7 +135,7 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
     """One layer: x [B, T, D] -> x and kept.
 
     w and low are this layer's weights and LoRA pairs; `attend(q, k, v, kept) -> (y, kept)` is the
-    only thing in which a layer with a cache differs from one without; the mode (layer_loop.py)
+    only thing in which a layer with a cache differs from one without; the mode (layer_modes.py)
     that in which training does.
     """
     low_attn, low_mlp = low.get("attn", {}), low.get("mlp", {})
@@ -204,10 +150,10 @@ def decoder_layer(cfg, x, w, low, angles, logn, attend, kept=None, mode=PLAIN):
     return mode.add(x, y), relay.kept
 
 
-def _layer(cfg, mesh, mode, x, index, low, frozen, kept):
+def _layer(cfg, weights_of, mode, x, index, low, frozen, kept):
     """A layer without a cache, as layer_loop runs it."""
     layers, angles, logn, slots, segments = frozen
-    w = _gather(cfg, layers, mesh)(_layer_weights(layers, index, mesh))
+    w = weights_of(layers, index)
     rule = {"q_index": slots, "segments": segments, "causal_square": True}
     attend = functools.partial(mode.attend, **rule)
     return decoder_layer(cfg, x, w, low, angles, logn, attend, kept, mode)
@@ -240,23 +186,24 @@ def hidden_states(
     angles = rope_angles(cfg, positions, ntk)
     logn = logn_scale(cfg, positions) if cfg.use_logn_attn and lengths is not None else None
     x = embed(params, tokens, mesh) if embedded is None else embedded
-    pairs = _gather_pairs(cfg, lora_layers(lora, x.dtype), mesh)
-    layer = functools.partial(_layer, cfg, mesh)
-    alone = mesh is None or mesh.size == 1
+    pairs = joined_pairs(cfg, lora_layers(lora, x.dtype), mesh)
     layers = params["layers"]
-    if compute == "fp8" and alone:  # two passes of every layer would look for them
-        is_quantized = lambda w: isinstance(w, QTensor)  # noqa: E731
+    if compute == "fp8":  # two passes of every layer would look for them
         layers = jax.tree.map(
             lambda w: with_bounds(w) if is_quantized(w) else w, layers, is_leaf=is_quantized
         )
-    frozen = (layers, angles, logn, slots, segments)
+    others = (angles, logn, slots, segments)
     for start, stop, level in [(0, cfg.num_layers, "full")] if remat is None else remat.ranges():
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
+        by_hand = remat is not None and level != "none"
+        share = share_of(cfg, layers, others, low, mesh) if by_hand else None
+        weights_of = functools.partial(joined_layer if share else pinned_layer, cfg, mesh=mesh)
         run = Run(
-            layer=layer, start=start, stop=stop, level=level, compute=compute, alone=alone,
+            layer=functools.partial(_layer, cfg, weights_of), start=start, stop=stop, level=level,
+            compute=compute, share=share, alone=mesh is None or mesh.size == 1,
             lean=remat is not None and remat.lean,
         )  # fmt: skip
-        x = run_layers(run, x, low, frozen)
+        x = run_layers(run, x, low, (layers, *others))
     return rms_norm(x, params["ln_f"], cfg.norm_eps)
 
 
@@ -281,8 +228,6 @@ def forward(
     counts = jnp.full((B,), T, jnp.int32) if counts is None else counts
     prompt_lengths = counts if prompt_lengths is None else prompt_lengths
     place = Place.of(cfg, cache.lengths, T, prompt_lengths, cache.ntk)
-    gather = _gather(cfg, params["layers"], mesh)
-
     heads = None
     if mesh is not None:
         heads = partition_spec(("batch", None, "heads", None), (B, T, *cache.k.shape[3:]), mesh)
@@ -291,7 +236,7 @@ def forward(
         # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
         x, cache = carry
         index, low, unit = per_layer
-        w = gather(_layer_weights(params["layers"], index, mesh))
+        w = pinned_layer(cfg, params["layers"], index, mesh)
 
         def attend(q, k, v, cache):
             if unit is not None:

@@ -206,18 +206,20 @@ def shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def gathered_layer_specs(cfg: ModelConfig, fmt: QuantFormat | None, mesh: Mesh) -> dict[str, Any]:
-    """Layout of one layer's weights at the moment of use: the fsdp slices joined.
+def layer_specs(
+    cfg: ModelConfig, fmt: QuantFormat | None, mesh: Mesh, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Layout of one layer's weights; without fsdp, that at the moment of use, the slices joined.
 
-    Pinning it on the *packed* leaf makes XLA gather 4-bit bytes; without, it gathers the
+    Pinning the latter on the *packed* leaf makes XLA gather 4-bit bytes; else it gathers the
     dequantized floats, four times as much.
     """
 
     def leaf(spec: ParamSpec):
         leaf_fmt = spec.format(fmt)
         if leaf_fmt is None:
-            return leaf_spec(spec, mesh, None, ("fsdp",))
-        return QTensor(kind=leaf_fmt.kind, **field_specs(spec, mesh, leaf_fmt, ("fsdp",)))
+            return leaf_spec(spec, mesh, None, without)
+        return QTensor(kind=leaf_fmt.kind, **field_specs(spec, mesh, leaf_fmt, without))
 
     stacked = [spec for spec in param_table(cfg) if spec.stacked]
     return nest({spec.path: leaf(spec) for spec in stacked})["layers"]

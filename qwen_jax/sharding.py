@@ -154,6 +154,14 @@ def tensor_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["tensor"]
 
 
+def joined(x: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
+    """On a device of a mesh: its slice of an array with the slices of the others of `axis`."""
+    for dim, names in enumerate(spec):
+        if names == axis or (isinstance(names, tuple) and axis in names):
+            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x
+
+
 def constrain(x: jax.Array, mesh: Mesh | None, spec: PartitionSpec) -> jax.Array:
     """Pins the layout of an intermediate; without a mesh it is the identity."""
     if mesh is None or mesh.size == 1:

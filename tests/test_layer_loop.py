@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from test_memory import temporary_bytes
 from test_train import (
     ALL,
@@ -30,10 +31,11 @@ from qwen_jax.kernels import (
     swiglu,
 )
 from qwen_jax.kernels.quantize_rows import quantize_rows
-from qwen_jax.params import param_table
+from qwen_jax.params import abstract_params, param_table
 from qwen_jax.quant import QuantFormat, dequantize
 from qwen_jax.remat import LEVELS, Remat
-from train.step import Compute, loss_and_grads
+from qwen_jax.sharding import MESH_AXES, make_mesh, parse_mesh
+from train.step import Compute, batch_sharding, loss_and_grads
 
 MIXED = "selective:1,attention:1,full:1"
 
@@ -103,11 +105,11 @@ def lora_of(cfg, targets: tuple[str, ...]):
 
 
 @functools.cache
-def by_torch(targets: tuple[str, ...]):
+def by_torch(targets: tuple[str, ...], fmt: str = "nf4"):
     """Loss and gradients with the dequantized weights in PyTorch."""
     cfg = tiny_config()
     weights, dense = random_weights(cfg), {}
-    params = to_params(cfg, weights, fmt="nf4")
+    params = to_params(cfg, weights, fmt=fmt)
     for spec in param_table(cfg):
         leaf = functools.reduce(lambda tree, key: tree[key], spec.path, params)
         if spec.role == "linear":
@@ -129,6 +131,30 @@ def test_gradients_of_some_targets_with_kernels(with_kernels, remat, targets):
     *_, their_loss, theirs = by_torch(targets)
     loss, grads = step_of(targets, remat, "bf16")
     np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
+    assert_gradients(grads, theirs, targets)
+
+
+def step_of(
+    targets: tuple[str, ...], remat: str, products: str, fmt: str = "nf4", mesh: Mesh | None = None
+):
+    """Our loss and gradients."""
+    cfg, params, batch, *_ = by_torch(targets, fmt)
+    lora, _ = lora_of(cfg, targets)
+    if mesh is not None:
+        abstract = (
+            abstract_params(cfg, jnp.float32, QuantFormat.named(fmt), mesh),
+            abstract_lora(cfg, dataclasses.replace(ALL, targets=targets), mesh=mesh),
+        )
+        layout = jax.tree.map(lambda x: x.sharding, abstract)
+        params, lora = jax.tree.map(jax.device_put, (params, lora), layout)
+        batch = jax.device_put(batch, batch_sharding(mesh))
+    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), products=products, mesh=mesh)
+    step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
+    loss, grads, _ = step(params, lora, batch)
+    return jax.device_get((loss, grads))
+
+
+def assert_gradients(grads, theirs, targets: tuple[str, ...]) -> None:
     pairs = grads.weights["layers"]
     assert sum(map(len, pairs.values())) == (5 if targets == ("all",) else len(targets))
     for (_, block, name), pair in theirs.items():
@@ -136,14 +162,31 @@ def test_gradients_of_some_targets_with_kernels(with_kernels, remat, targets):
             assert_trees_close(pairs[block][name], pair, rtol=1e-4)
 
 
-def step_of(targets: tuple[str, ...], remat: str, products: str):
-    """Our loss and gradients."""
-    cfg, params, batch, *_ = by_torch(targets)
-    lora, _ = lora_of(cfg, targets)
-    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), products=products)
-    step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
-    loss, grads, _ = step(params, lora, batch)
-    return loss, grads
+@pytest.mark.parametrize(
+    ("mesh", "fmt", "remat", "targets"),
+    [
+        ("data=2", "nf4", MIXED, ("all",)),
+        ("fsdp=2", "nf4", "selective", ("all",)),
+        ("tensor=2", "int8", MIXED, ("all",)),
+        ("fsdp=2,tensor=4", "int8", "selective", ("w1", "attn.c_proj", "mlp.c_proj")),
+    ],
+)
+def test_each_device_of_a_mesh_runs_the_kernels(
+    with_kernels, monkeypatch, mesh, fmt, remat, targets
+):
+    mesh, seen = make_mesh(parse_mesh(mesh)), set()
+    gemm = _pallas_gemm.gemm
+
+    def watched(x, *operands, **more):
+        seen.add(jax.typeof(x).sharding.mesh.manual_axes)
+        return gemm(x, *operands, **more)
+
+    monkeypatch.setattr(_pallas_gemm, "gemm", watched)
+    _, _, _, their_loss, theirs = by_torch(targets, fmt)
+    loss, grads = step_of(targets, remat, "bf16", fmt, mesh)
+    assert seen == {MESH_AXES}
+    np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
+    assert_gradients(grads, theirs, targets)
 
 
 @pytest.mark.parametrize("remat", ["selective", "full"])

@@ -148,11 +148,11 @@ def trained(mesh_text):
 def test_eight_devices_train_nf4_like_one(mesh_text):
     # float32 sums in another order: 256 to 512 terms of an ulp (6e-8), through five layers. Where a
     # gradient is small AdamW takes its sign, and rounding may turn it: that moves some of the
-    # gradients after two updates, hardly the loss.
+    # gradients after two updates, hardly the loss: the norm of the fourth by 0.0048 on one CPU.
     one, eight = trained("1"), trained(mesh_text)
     np.testing.assert_allclose(eight[0][:, 0], one[0][:, 0], rtol=1e-5)
     np.testing.assert_allclose(eight[0][:2, 1], one[0][:2, 1], rtol=1e-4)
-    np.testing.assert_allclose(eight[0][2:, 1], one[0][2:, 1], rtol=3e-3)
+    np.testing.assert_allclose(eight[0][2:, 1], one[0][2:, 1], rtol=1e-2)
     assert one[0][-1][0] < one[0][0][0] - 0.1  # it does learn
     for a, b in zip(jax.tree.leaves(eight[1]), jax.tree.leaves(one[1]), strict=True):
         assert np.abs(a - b).mean() < 1e-4  # of steps of 0.01

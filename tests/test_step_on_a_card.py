@@ -42,13 +42,15 @@ def on_a_card(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
 
 
-def lowered(remat: str, products: str, *, packed: bool = False, mesh: Mesh | None = None) -> str:
+def lowered(
+    remat: str, products: str, *, packed: bool = False, mesh: Mesh | None = None, kind: str = "nf4"
+) -> str:
     shape = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
     if mesh is not None:
         shape = jax.ShapeDtypeStruct((1, 2, 512), jnp.int32, sharding=batch_sharding(mesh))
     batch = {"tokens": shape, "loss_mask": shape.update(dtype=jnp.bool_)}
     batch |= {"segments": shape} if packed else {}
-    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named("nf4"), mesh)
+    params = abstract_params(CFG, jnp.bfloat16, QuantFormat.named(kind), mesh)
     lora = abstract_lora(CFG, LoraConfig(rank=8), mesh=mesh)
     compute = Compute(remat=Remat.parse(remat, CFG.num_layers), products=products, mesh=mesh)
     step = jax.jit(lambda p, l, b: loss_and_grads(CFG, p, l, b, compute))
@@ -93,14 +95,28 @@ def test_kernels_of_a_step(on_a_card, remat, products, expected):
     assert text.count("output_operand_alias<") == (5 if remat == "selective" else runs)
 
 
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
-@pytest.mark.parametrize(("remat", "products"), [("full", "bf16"), ("selective", "fp8")])
-def test_no_kernel_runs_on_a_mesh(on_a_card, monkeypatch, axis, remat, products):
-    """The compiler cannot cut them: it would gather all that they read, on every device."""
+@pytest.mark.parametrize(
+    ("mesh", "kind", "remat", "products"),
+    [
+        ("data=2", "nf4", "full", "bf16"),
+        ("fsdp=2", "nf4", "selective", "bf16"),
+        ("fsdp=2", "nf4", "selective", "fp8"),
+        ("tensor=2", "int8", "selective", "bf16"),
+    ],
+)
+def test_each_device_of_a_mesh_runs_the_same_kernels(on_a_card, mesh, kind, remat, products):
+    several = lowered(remat, products, mesh=make_mesh(parse_mesh(mesh)), kind=kind)
+    assert calls(several) == calls(lowered(remat, products, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat"), [("data=2", "none"), ("fsdp=2", "none"), ("tensor=2", "selective")]
+)
+def test_what_the_compiler_cuts_has_no_kernels(on_a_card, monkeypatch, mesh, remat):
+    """It would gather all that they read, on every device."""
     monkeypatch.setattr(attention, "_choose", lambda *_: "xla")  # cuDNN's is cut by jax
-    mesh = make_mesh(parse_mesh(f"{axis}=2"))
-    assert "mosaic_gpu" not in lowered(remat, products, mesh=mesh)
-    assert "mosaic_gpu" in lowered(remat, products)
+    assert "mosaic_gpu" not in lowered(remat, "bf16", mesh=make_mesh(parse_mesh(mesh)))
+    assert "mosaic_gpu" in lowered(remat, "bf16")
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("selective", 1), ("full", 2)])
