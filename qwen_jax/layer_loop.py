@@ -95,7 +95,7 @@ class Run:
     def mode(self, kind: type[Plain], **more: Any) -> Plain:
         tensor = self.share.tensor if self.share else None
         return kind(
-            compute=self.compute, lean=self.lean, alone=self.kernels, tensor=tensor, **more
+            compute=self.compute, lean=self.lean, kernels=self.kernels, tensor=tensor, **more
         )  # fmt: skip
 
 

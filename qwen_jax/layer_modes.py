@@ -65,9 +65,9 @@ class Plain:
 
     compute: str = "bf16"  # "fp8": products with frozen weights in e4m3
     lean: bool = False  # dequantizes once more for gradients, rather than hold a layer's weights
-    alone: bool = False  # each device by itself, so that kernels may run
+    kernels: bool = False  # whether they may run: each device is by itself
     tensor: str | None = None  # mesh axis over which heads and FFN columns are split by hand
-    place: Layer | None = None  # where the layer's input lies, on one device
+    place: Layer | None = None  # where kernels find the layer's input
 
     def norm(self, x, y, weight, eps: float, readers: int = 1, kept: Any = None):
         """x (+ y) [B, T, D], and its norm for each of the readers: kernels/rms_norm.py.
@@ -98,7 +98,7 @@ class Plain:
         """down(up(x) * silu(gate(x))) for the weights up, gate and down: y [B, T, D] and the relay.
         x comes twice, as norm gives it.
         """
-        how = self.compute, self.lean, self.alone
+        how = self.compute, self.lean, self.kernels
         y, baton = lora_mlp(xs, weights, pairs, relay.baton, *how)
         return self._whole((DOWN,), (y,))[0], relay.replace(baton=baton)
 
@@ -158,12 +158,12 @@ class Keeping(Plain):
         names = (UP, GATE)
         ys, relay = self.multiply(names, xs[0], weights[:2], pairs[:2], relay)
         kept = relay.kept
-        if self.index is not None and self.alone:  # a kernel reads them where they lie
+        if self.index is not None and self.kernels:  # a kernel reads them where they lie
             ys = [
                 self._place(kept[name]) if name in self.names else y
                 for name, y in zip(names, ys, strict=True)
             ]
-        made = down_products(*ys, weights[2], pairs[2], relay.baton, self.compute, self.alone)
+        made = down_products(*ys, weights[2], pairs[2], relay.baton, self.compute, self.kernels)
         if LOW in self.names:
             kept = self._write(_low((DOWN,)), made.lows, kept)
         return self._whole((DOWN,), made.ys)[0], Relay(baton=made.baton, kept=kept)
@@ -176,7 +176,7 @@ class Keeping(Plain):
         return y, self._write(ATTENTION, (y, statistics), kept)
 
     def add(self, x, y):
-        """As Plain; on one device written to its place, behind the input of this layer."""
+        """As Plain; where kernels may run written to its place, behind the input of this layer."""
         return x + y if self.place is None else add_behind(self.place, x, y)
 
     def _out_of(self, kept: Kept | None) -> Layer | None:
@@ -212,8 +212,8 @@ class Recalling(Plain):
         if _low((UP, GATE)) in kept:
             lows = _cut((*kept[_low((UP, GATE))], *kept[_low((DOWN,))]))
             ys = kept[UP], kept[GATE]
-            known = Known(*(ys if self.alone else _cut(ys)), lows=lows)
-        how = self.compute, self.lean, self.alone
+            known = Known(*(ys if self.kernels else _cut(ys)), lows=lows)
+        how = self.compute, self.lean, self.kernels
         y, baton = lora_mlp(xs, weights, pairs, relay.baton, *how, again=True, known=known)
         return y, relay.replace(baton=baton)
 

@@ -172,10 +172,12 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib():
     assert options["xla_gpu_enable_latency_hiding_scheduler"] is True
     assert "xla_gpu_enable_pipelined_all_gather" in options
     assert overlap.compiler_options(Pair()) == overlap.compiler_options(Pair(), "schedule")
-    assert overlap.compiler_options(Pair(), "none") == {}
     One = type("One", (), {"size": 1, "devices": np.array([Gpu()])})
     at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
     apart = overlap.compiler_options(One(), "none")
+    # Kernels run on one device and on several, and none of them twice.
+    assert apart == overlap.compiler_options(Pair(), "none")
+    assert apart == {"xla_gpu_enable_dynamic_slice_fusion": False}
     assert overlap.compiler_options(One()) == apart | at_once
     assert overlap.compiler_options(One(), at_once=False) == apart
     assert overlap.compiler_options(One(), "schedule", at_once=False) == apart | at_once

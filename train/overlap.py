@@ -37,9 +37,8 @@ _PIPELINE = _SCHEDULE | {
     "xla_gpu_enable_while_loop_double_buffering": True,
 }
 # XLA would fuse a kernel of ours with the copy of its result to where jax.lax.scan keeps it (as of
-# level `none` it still does), and run it a second time for whoever else reads that result. Meshes
-# of several run no such kernel.
-_ONE_DEVICE: dict[str, Option] = {"xla_gpu_enable_dynamic_slice_fusion": False}
+# level `none` it still does), and run it a second time for whoever else reads that result.
+_EVERYWHERE: dict[str, Option] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _AT_ONCE: dict[str, Option] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 _OPTIONS: dict[str, dict[str, Option]] = {
     "none": {},
@@ -66,10 +65,10 @@ def compiler_options(
         return {}
     if mesh.size == 1:
         apart = overlap == "none" or (overlap == "auto" and not at_once)
-        chosen = _ONE_DEVICE if apart else _ONE_DEVICE | _AT_ONCE
+        chosen = {} if apart else _AT_ONCE
     else:
         chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
-    return {name: value for name, value in chosen.items() if known(name, value)}
+    return {name: value for name, value in (_EVERYWHERE | chosen).items() if known(name, value)}
 
 
 @functools.cache

@@ -2,8 +2,9 @@
 
 XLA's own pass is bound by instructions, about 39 a value: it moves 1.8 TB/s of codes and bfloat16,
 0.95 of codes and e4m3, on a card that moves 2.8. The Mosaic GPU kernel needs 5. It reads a layer in
-its stack, so a weight comes as a `Layer`; it serves one device. Under a mesh of several, weights
-come cut out of their stacks, as QTensor, and XLA's pass shards with them.
+its stack, so a weight comes as a `Layer`; it serves one device, or each of a mesh by itself. Where
+the compiler cuts layers over a mesh, weights come cut out of their stacks, as QTensor, and XLA's
+pass shards with them.
 """
 
 import functools

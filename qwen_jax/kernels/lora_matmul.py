@@ -1,9 +1,10 @@
 """x @ W^T + (x @ a^T) @ b for frozen weights W that read the same x, and its gradients.
 
-The narrow products go over x once for all weights. On one Hopper card a kernel adds the wide
-product to the sums of the large one, forward (low @ b) and backward (slope @ a, where slope is the
-gradient of low): apart, each of these writes as much as the large product itself and reads it
-again. For `fp8` it also multiplies by the units of rows and weight. Elsewhere XLA does all that.
+The narrow products go over x once for all weights. On a Hopper card by itself (alone, or with its
+share of a mesh) a kernel adds the wide product to the sums of the large one, forward (low @ b) and
+backward (slope @ a, where slope is the gradient of low): apart, each of these writes as much as the
+large product itself and reads it again. For `fp8` it also multiplies by the units of rows and
+weight. Elsewhere XLA does all that.
 
 At 72B and up to 4,096 tokens that kernel leaves four multiprocessors idle, on which the next weight
 can be dequantized. A program on one card runs at once what does not wait for each other

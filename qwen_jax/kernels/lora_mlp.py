@@ -45,16 +45,16 @@ def lora_mlp(
     baton: jax.Array,  # float32 []
     compute: str = "bf16",
     lean: bool = False,
-    alone: bool = False,  # on one device: kernels cannot be cut over several
+    kernels: bool = False,  # whether they may run: no compiler cuts them over devices
     again: bool = False,  # the result was computed before; only gradients are wanted, so zeros do
     known: Known | None = None,  # with `again`
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, D], the baton
     """The weights get no gradient; x gets two, to be added by whoever reads them."""
-    return _forward(xs, weights, pairs, baton, compute, lean, alone, again, known)[0]
+    return _forward(xs, weights, pairs, baton, compute, lean, kernels, again, known)[0]
 
 
 def _forward(
-    xs, weights, pairs, baton, compute: str, lean: bool, alone: bool, again: bool,
+    xs, weights, pairs, baton, compute: str, lean: bool, kernels: bool, again: bool,
     known: Known | None,
 ):  # fmt: skip
     x, y, dense = xs[0], jnp.zeros_like(xs[0]), (None, None, None)
@@ -64,10 +64,10 @@ def _forward(
         first = products(x, weights[:2], pairs[:2], baton, compute)
         (up, gate), baton = first.ys, first.baton
         if again:
-            low = None if pairs[2] is None else _hidden(up, gate, pairs[2], None, alone)[0]
+            low = None if pairs[2] is None else _hidden(up, gate, pairs[2], None, kernels)[0]
             lows, dense = (*first.lows, low), (*first.dense, None)
         else:
-            last = down_products(up, gate, weights[2], pairs[2], baton, compute, alone)
+            last = down_products(up, gate, weights[2], pairs[2], baton, compute, kernels)
             (y,), baton = last.ys, last.baton
             lows, dense = (*first.lows, *last.lows), (*first.dense, *last.dense)
     if lean:
@@ -82,7 +82,7 @@ def down_products(
     pair: Pair | None,
     baton: jax.Array,
     compute: str,
-    alone: bool,
+    kernels: bool,
 ) -> Products:
     """lora_matmul.products of up * silu(gate) with one weight."""
     if pair is None:
@@ -92,20 +92,20 @@ def down_products(
     (D, _), rank, dtype = w.shape, *pair["a"].shape[:1], pair["a"].dtype
     # Whoever takes rounded rows must take them as they are.
     rounds = compute == "fp8" and fused(math.prod(rows), w, D, F, dtype, rank)
-    low, h, unit = _hidden(up, gate, pair, FP8 if rounds else dtype, alone)
+    low, h, unit = _hidden(up, gate, pair, FP8 if rounds else dtype, kernels)
     y, baton, dense = product(h, w, low, pair, baton, compute, unit=unit)
     return Products(ys=(y,), lows=(low,), baton=baton, dense=(dense,))
 
 
-def _hidden(up, gate, pair: Pair, dtype: jnp.dtype | None, alone: bool):
+def _hidden(up, gate, pair: Pair, dtype: jnp.dtype | None, kernels: bool):
     """Of swiglu_narrow low [*rows, R], h [*rows, F] and its unit."""
-    rows, how = up.shape[:-1], None if alone else "xla"
+    rows, how = up.shape[:-1], None if kernels else "xla"
     made = swiglu_narrow(by_rows(up), by_rows(gate), pair["a"], dtype, implementation=how)
     low, h = (None if x is None else x.reshape(*rows, -1) for x in (made.low, made.h))
     return low, h, made.unit
 
 
-def _backward(compute: str, lean: bool, alone: bool, again: bool, residuals: Any, given):
+def _backward(compute: str, lean: bool, kernels: bool, again: bool, residuals: Any, given):
     x, weights, pairs, up, gate, lows, denses, passed_on = residuals
     g, baton = given
     # What the forward pass passed on is a zero as well: the weight of down then waits its turn.
@@ -117,7 +117,7 @@ def _backward(compute: str, lean: bool, alone: bool, again: bool, residuals: Any
     bs = tuple(None if pair is None else pair["b"] for pair in pairs[:2])
     up, gate, h, *flat_lows = map(by_rows, (up, gate, h, *lows[:2]))
     made = swiglu_gradient(
-        up, gate, h, bs, tuple(flat_lows), by_rows(slope), implementation=None if alone else "xla"
+        up, gate, h, bs, tuple(flat_lows), by_rows(slope), implementation=None if kernels else "xla"
     )
     slopes = [made.up_slope, made.gate_slope]
     slopes = [None if s is None else s.reshape(*x.shape[:-1], -1) for s in slopes]

@@ -75,7 +75,7 @@ def _fp8_product(
     turned: bool = False,
 ) -> jax.Array:
     weight, unit = fp8_weight(w, turned)
-    # A weight is a `Layer` on one device only; kernels cannot be cut over several.
+    # A weight is a `Layer` where a device is by itself; no compiler cuts kernels over several.
     implementation = None if isinstance(w, Layer) else "xla"
     flat = x.reshape(math.prod(rows), -1)
     codes, step = quantize_rows(flat, implementation=implementation)

@@ -1,7 +1,8 @@
 """Activations and gradients to e4m3 with one scale a row, in one pass.
 
 Left to XLA this is two reads of the row: one for its largest value, one to round, and whatever
-elementwise work makes the row is done again in each. The kernel serves one device.
+elementwise work makes the row is done again in each. The kernel serves one device, or each of a
+mesh by itself.
 """
 
 import jax

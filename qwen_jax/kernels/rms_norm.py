@@ -2,9 +2,9 @@
 
     x + y -> its norm, times a weight
 
-The kernels serve one Hopper card. They read a row once: for a gradient XLA reads it for two sums,
-and again for what follows from them. And they read x where it is kept, in a stack of all layers:
-XLA's norm wants a copy of it.
+The kernels serve a Hopper card by itself. They read a row once: for a gradient XLA reads it for two
+sums, and again for what follows from them. And they read x where it is kept, in a stack of all
+layers: XLA's norm wants a copy of it.
 """
 
 import functools
@@ -30,7 +30,7 @@ def residual_rms_norm(
     eps: float,
     *,
     readers: int = 1,
-    place: Layer | None = None,  # where x lies, on one device: there the kernels may read it
+    place: Layer | None = None,  # where x lies, if kernels may read it there
     y_place: Layer | None = None,  # the same of y
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:  # x + y; its norm, for each of the readers
     """Whoever reads the norm gets its own, so that their gradients are added where they are read:
@@ -83,7 +83,7 @@ _with_kernels.defvjp(_forward, _backward)
 
 
 def add_behind(place: Layer, x: jax.Array, y: jax.Array) -> Layer:
-    """x + y [..., D], written to the stack behind `place`, on one device: where it lies then.
+    """x + y [..., D], written to the stack behind `place`: where it lies then.
 
     XLA adds first and copies then, because some of x may be read from the stack that is written.
     """

@@ -3,8 +3,8 @@
 A forward pass multiplies h with a few columns, for the pair of the projection after it, and fp8
 rounds its rows; apart, each reads 100 MB a layer again at 2,048 tokens of 72B. A backward pass
 needs, of h and of the gradients of up and gate, not only themselves but products with a few columns
-each, of the LoRA pairs before and after. Two kernels make all that in one pass each. They serve one
-Hopper card; XLA does it elsewhere.
+each, of the LoRA pairs before and after. Two kernels make all that in one pass each. They serve a
+Hopper card by itself, alone or with its share of a mesh; XLA does it elsewhere.
 """
 
 import functools
