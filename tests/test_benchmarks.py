@@ -1,5 +1,6 @@
 """The benchmarks of steps, typed as a user does, at the size that a CPU can do."""
 
+import dataclasses
 import json
 import math
 import re
@@ -8,9 +9,9 @@ import sys
 
 import pytest
 
+from benchmarks import train
 from benchmarks.gemm import changes_of, tiling_of
 from benchmarks.profile import covered
-from benchmarks.train import describe
 from qwen_jax.errors import InputError
 
 
@@ -37,6 +38,7 @@ def test_training_prints_a_row_for_each_compute():
         assert last < first and abs(first - math.log(151_936)) < 0.1
 
 
+@pytest.mark.slow  # two processes
 def test_the_first_step_is_timed_cold_and_warm():
     command = ["benchmarks.train", "--toy", "--seq", "64", "--sequences", "3", "--first_step"]
     rows = output_of(*command, "--steps", "1", "--remat", "full").splitlines()
@@ -51,15 +53,12 @@ def test_the_first_step_is_timed_cold_and_warm():
 
 
 def test_the_embedding_of_a_timed_step_lies_where_the_plan_puts_it():
-    command = ["benchmarks.train", "--toy", "--seq", "64", "--quantize", "none", "--steps", "1"]
-    rows = {
-        flags: json.loads(output_of(*command, "--child", *flags).splitlines()[-1])
-        for flags in ((), ("--offload_embedding",))
-    }
-    here, host = rows.values()
+    args = train.Args(toy=True, seq=(64,), quantize="none", steps=1, sequences=3)
+    here = train.measure(args)
+    host = train.measure(dataclasses.replace(args, offload_embedding=True))
     assert (here["offload_embedding"], host["offload_embedding"]) == (False, True)
-    assert ", embedding on the host " in describe(host, 0.0)
-    assert "embedding" not in describe(here, 0.0)
+    assert ", embedding on the host " in train.describe(host, 0.0)
+    assert "embedding" not in train.describe(here, 0.0)
     table = 151_936 * 64 * 4
     assert here["weights"] == host["weights"] == here["device_weights"]
     assert host["device_weights"] == here["device_weights"] - table

@@ -19,7 +19,7 @@ from qwen_jax import model
 from qwen_jax.cache import init_cache
 from qwen_jax.errors import InputError
 from qwen_jax.kernels.rms_norm import rms_norm
-from qwen_jax.layer_loop import Relay
+from qwen_jax.layer_modes import Relay
 from qwen_jax.positions import rope, rope_angles
 
 pytestmark = pytest.mark.optimized
