@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from qwen_jax import processes, runtime
 from qwen_jax.adapters import LoraConfig, init_lora
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
+from qwen_jax.errors import UsageError
 from qwen_jax.files import read_json_object
 from qwen_jax.memory import device_bytes, device_limit
 from qwen_jax.params import init_params, num_parameters, tree_bytes
@@ -105,6 +107,8 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
+    if args.peer and args.sequences > 1:
+        raise UsageError("--peer trains whole rows; leave out --sequences")
     if args.child:
         print(json.dumps(measure(args)))
         return
@@ -113,18 +117,28 @@ def main(argv: list[str] | None = None) -> None:
         print(f"bf16 GEMM {'x'.join(map(str, GEMM))}: {ceiling / 1e12:.0f} TFLOP/s")
     rows = []
     for seq, compute, remat in itertools.product(args.seq, args.compute, args.remat):
-        with tempfile.TemporaryDirectory() as cache:
-            for _ in range(1 + args.first_step):
-                row = in_child(args, seq, compute, remat, cache if args.first_step else None)
-                if row is not None:
-                    print(describe(row, ceiling), flush=True)
-                    rows.append(row)
+        row = None
+        for kept, cache in kept_programs(args.first_step):
+            row = in_child(args, seq, compute, remat, cache)
+            if row is not None:
+                print(f"{kept}{describe(row, ceiling)}", flush=True)
+        rows.append(row)
     for seq in args.seq if args.peer else ():
         peer = _peer(args, seq)
         for row in rows if peer else ():
-            if row["seq"] == seq:
+            if row is not None and row["seq"] == seq:
                 print(f"seq {seq:>5}  {row['compute']:<4} {row['remat']}  ours / peer: "
                       f"{row['tokens_per_second'] / peer:.2f}", flush=True)  # fmt: skip
+
+
+def kept_programs(first_step: bool) -> Iterator[tuple[str, str | None]]:
+    """Folders for compiled programs, and how many are in them: a new one twice, or the user's."""
+    if not first_step:
+        yield "", None
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            yield f"{len(os.listdir(cache))} files of programs kept: ", cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,9 +244,9 @@ def measure(args: Args) -> dict:
     began = time.perf_counter()
     compiled = made.compiled(how)
     compile_seconds = time.perf_counter() - began
-    sent = sent_by_kind(collectives(compiled.as_text())) if mesh.size > 1 else {}
     state, first, _ = made.steps(compiled, made.state, 1)
     first_seconds = time.perf_counter() - began
+    sent = sent_by_kind(collectives(compiled.as_text())) if mesh.size > 1 else {}
     state, second, _ = made.steps(compiled, state, 1)
     seconds = _timed(made, compiled, state, args)
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in mesh.devices.flat]

@@ -90,7 +90,7 @@ def share_of(
     if mesh is None or mesh.size == 1:
         return None
     specs = _specs_of(cfg, layers, mesh)
-    obstacle = _obstacle(cfg, layers, specs, others, mesh)
+    obstacle = _obstacle(cfg, layers, specs) if mesh.shape["tensor"] > 1 else ""
     if obstacle:
         say_once(f"layers of training run without kernels: {obstacle}")
         return None
@@ -99,12 +99,8 @@ def share_of(
     return Share(mesh=mesh, low=_pair_specs(cfg, pairs, mesh), frozen=(stacked, *rows))
 
 
-def _obstacle(cfg: ModelConfig, layers: Tree, specs: Tree, others: Any, mesh: Mesh) -> str:
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
-    if any(len(x) % groups for x in jax.tree.leaves(others)):
-        return f"{groups} devices cannot share the rows alike"
-    if mesh.shape["tensor"] == 1:
-        return ""
+def _obstacle(cfg: ModelConfig, layers: Tree, specs: Tree) -> str:
+    """Why devices of a tensor axis cannot have a share of each weight; empty if they can."""
     fmt = _format_of(layers)
     if fmt is not None and fmt.kind == "nf4":
         # Scales are counted through the whole weight, in blocks that have one absmax each.
@@ -126,9 +122,9 @@ def _format_of(layers: Tree) -> QuantFormat | None:
     w = layers["attn"]["wqkv"]
     if not is_quantized(w):
         return None
-    groups = w.scale.shape[-1]
-    group = 0 if w.kind == "int8" and groups == 1 else w.in_size // groups
-    return QuantFormat(kind=w.kind, group=group)
+    # One scale a row is in float32 (QuantFormat.shapes); one group a row may be all of a small one.
+    whole = w.kind == "int8" and w.scale.dtype == jnp.float32
+    return QuantFormat(kind=w.kind, group=0 if whole else w.in_size // w.scale.shape[-1])
 
 
 def _specs_of(cfg: ModelConfig, layers: Tree, mesh: Mesh, without: tuple[str, ...] = ()) -> Tree:

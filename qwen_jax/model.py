@@ -232,6 +232,8 @@ def forward(
     if mesh is not None:
         heads = partition_spec(("batch", None, "heads", None), (B, T, *cache.k.shape[3:]), mesh)
 
+    mode = Plain(kernels=mesh is None or mesh.size == 1)
+
     def layer(carry, per_layer):
         # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
         x, cache = carry
@@ -250,7 +252,7 @@ def forward(
             )
             return attention(q, k_all, v_all, q_index=place.positions), written
 
-        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend, cache), None
+        return decoder_layer(cfg, x, w, low, place.angles, place.logn, attend, cache, mode), None
 
     x = embed(params, tokens, mesh)
     bias = params["layers"]["attn"]["bqkv"]  # [L, 3, N, H]

@@ -19,7 +19,7 @@ from test_train import (
 from tiny import tiny_config, to_params
 from torch_reference import random_weights
 
-from qwen_jax import layer_loop
+from qwen_jax import layer_loop, model
 from qwen_jax.adapters import abstract_lora
 from qwen_jax.kernels import (
     _pallas_gemm,
@@ -31,7 +31,8 @@ from qwen_jax.kernels import (
     swiglu,
 )
 from qwen_jax.kernels.quantize_rows import quantize_rows
-from qwen_jax.params import abstract_params, param_table
+from qwen_jax.layer_weights import share_of
+from qwen_jax.params import abstract_params, init_params, param_table
 from qwen_jax.quant import QuantFormat, dequantize
 from qwen_jax.remat import LEVELS, Remat
 from qwen_jax.sharding import MESH_AXES, make_mesh, parse_mesh
@@ -104,6 +105,19 @@ def lora_of(cfg, targets: tuple[str, ...]):
     return wanted.replace(weights={"layers": some}), everything.replace(weights={"layers": without})
 
 
+def placed(cfg, fmt: QuantFormat | None, mesh: Mesh, params, lora, batch):
+    """These on the devices of a mesh."""
+    abstract = (abstract_params(cfg, jnp.float32, fmt, mesh), abstract_lora(cfg, ALL, mesh=mesh))
+    layout = jax.tree.map(lambda x: x.sharding, abstract)
+    wanted = {"layers": {b: {n: layout[1].weights["layers"][b][n] for n in pairs}
+                         for b, pairs in lora.weights["layers"].items()}}  # fmt: skip
+    return (
+        jax.tree.map(jax.device_put, params, layout[0]),
+        lora.replace(weights=jax.tree.map(jax.device_put, lora.weights, wanted)),
+        jax.device_put(batch, batch_sharding(mesh)),
+    )
+
+
 @functools.cache
 def by_torch(targets: tuple[str, ...], fmt: str = "nf4"):
     """Loss and gradients with the dequantized weights in PyTorch."""
@@ -141,13 +155,7 @@ def step_of(
     cfg, params, batch, *_ = by_torch(targets, fmt)
     lora, _ = lora_of(cfg, targets)
     if mesh is not None:
-        abstract = (
-            abstract_params(cfg, jnp.float32, QuantFormat.named(fmt), mesh),
-            abstract_lora(cfg, dataclasses.replace(ALL, targets=targets), mesh=mesh),
-        )
-        layout = jax.tree.map(lambda x: x.sharding, abstract)
-        params, lora = jax.tree.map(jax.device_put, (params, lora), layout)
-        batch = jax.device_put(batch, batch_sharding(mesh))
+        params, lora, batch = placed(cfg, QuantFormat.named(fmt), mesh, params, lora, batch)
     compute = Compute(remat=Remat.parse(remat, cfg.num_layers), products=products, mesh=mesh)
     step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
     loss, grads, _ = step(params, lora, batch)
@@ -187,6 +195,37 @@ def test_each_device_of_a_mesh_runs_the_kernels(
     assert seen == {MESH_AXES}
     np.testing.assert_allclose(loss, their_loss, rtol=1e-5)
     assert_gradients(grads, theirs, targets)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "ffn", "by_hand"),
+    [
+        (QuantFormat(kind="int4", group=128), 512, True),
+        (QuantFormat(kind="int4", group=128), 384, False),  # 3 groups of down for 2 devices
+        (QuantFormat(kind="int8", group=128), 512, True),  # one group of wqkv, as with one scale
+        (QuantFormat(kind="int8", group=0), 384, True),
+        (QuantFormat(kind="nf4", group=64), 512, False),
+    ],
+    ids=str,
+)
+def test_formats_over_tensor_train_as_on_one_device(monkeypatch, fmt, ffn, by_hand):
+    cfg = tiny_config(hidden_size=128, head_dim=64, num_heads=4, ffn_size=ffn, num_layers=2)
+    params = init_params(cfg, jax.random.key(0), jnp.float32, fmt)
+    lora, batch = random_lora(cfg), random_batch(cfg, (1, 2, 40))
+    mesh = make_mesh(parse_mesh("tensor=2"))
+    seen = []
+    monkeypatch.setattr(model, "share_of", lambda *a: seen.append(share_of(*a)) or seen[-1])
+
+    def run(mesh, *arguments):
+        compute = Compute(remat=Remat.parse("selective", 2), mesh=mesh)
+        step = jax.jit(functools.partial(loss_and_grads, cfg, compute=compute))
+        return jax.device_get(step(*arguments))
+
+    one = run(None, params, lora, batch)
+    two = run(mesh, *placed(cfg, fmt, mesh, params, lora, batch))
+    assert [share is not None for share in seen] == [False, by_hand]
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-6)
+    assert_trees_close(two[1], one[1], rtol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["selective", "full"])

@@ -126,6 +126,12 @@ def test_the_plan_of_72b_nf4_agrees_with_the_peaks_seen_on_a_card():
         assert abs(planned / seen - 1) < 0.03, text
 
 
+def test_packed_rows_have_a_mask():
+    apart, packed = (workload(rows=2, packed=packed) for packed in (False, True))
+    remat = Remat.parse("selective", 80)
+    assert packed.budget(remat).total - apart.budget(remat).total == 2 * 2048 * 2048 * 2
+
+
 def test_each_run_of_layers_has_its_moment():
     """A layer that is run again holds all its weights, while those before it still keep theirs."""
     work = workload(length=512)

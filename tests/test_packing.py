@@ -72,4 +72,4 @@ def test_how_rows_are_cut_is_part_of_the_fingerprint():
 
 def test_what_packing_gains_is_said():
     rows = pack(examples_of([30, 20, 40]), 50)
-    assert describe(rows) == "packed: 3 examples in 2 rows of up to 50 tokens, 90.0% full"
+    assert describe(rows, 64) == "packed: 3 examples in 2 rows of up to 64 tokens, 70.3% full"

@@ -33,14 +33,14 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 ROWS, LENGTH = 8, 64
 
 
-def parts(mesh, remat="full"):
+def parts(mesh, remat="full", base="nf4"):
     """The step over abstract arrays, and those."""
-    return abstract_step(CFG, "nf4", LORA, remat, mesh, ROWS, LENGTH)
+    return abstract_step(CFG, base, LORA, remat, mesh, ROWS, LENGTH)
 
 
 @functools.cache
-def exchange(mesh_text, remat) -> list[Collective]:
-    step, *arguments = parts(make_mesh(parse_mesh(mesh_text)), remat)
+def exchange(mesh_text, remat, base="nf4") -> list[Collective]:
+    step, *arguments = parts(make_mesh(parse_mesh(mesh_text)), remat, base)
     return collectives(step.lower(*arguments).compile().as_text())
 
 
@@ -102,6 +102,21 @@ def test_data_parallel_sends_nothing_but_gradients():
     assert {c.kind for c in found} == {"all-reduce"}
     sent = sum(c.sent for c in found)
     assert sent == pytest.approx(2 * 3 / 4 * 4 * values, rel=0.001)  # and a few scalars
+
+
+@pytest.mark.parametrize(("remat", "sums"), [("selective", 4), ("full", 5)])
+def test_tensor_parallel_adds_up_activations_twice_a_layer_and_pass(remat, sums):
+    """Results of wo and down, and the gradients of what reads a norm; if nothing is kept, the
+    result of wo once more.
+    """
+    found = [c for c in exchange("tensor=2", remat, "int8") if c.times == CFG.num_layers]
+    assert {(c.kind, c.group) for c in found} == {("all-reduce", 2)}
+    pairs = abstract_lora(CFG, LORA).weights["layers"]
+    # What all devices have alike of the pairs: a of wqkv, up and gate, b of wo and down.
+    alike = [pairs["attn"]["wqkv"]["a"], pairs["mlp"]["up"]["a"], pairs["mlp"]["gate"]["a"]]
+    alike += [pairs["attn"]["wo"]["b"], pairs["mlp"]["down"]["b"]]
+    values = sum(x.size for x in alike) + CFG.num_layers * sums * ROWS * LENGTH * CFG.hidden_size
+    assert sum(c.size * c.times for c in found) == 4 * values
 
 
 @functools.cache

@@ -102,17 +102,16 @@ def prepare(args: Args, sizes: dict[str, int]) -> None:
         system=args.system,
     )
     print(f"dataset {args.dataset}: {dataset.summary()}")
-    examples = dataset.examples
+    examples = pack(dataset.examples, args.cutoff_len) if args.packed else dataset.examples
+    longest = max(len(example.ids) for example in examples)
+    length = bucket_length(longest, args.cutoff_len)
     if args.packed:
-        examples = pack(examples, args.cutoff_len)
-        print(describe(examples))
+        print(describe(examples, length))
     if args.compute == "fp8":
         print("compute fp8: faster and coarser; how it was tried stands in docs/benchmarks.md")
     plan = Plan.make(args, model, sizes, len(examples))
     print(plan.describe(mesh.devices.flat[0].device_kind))
     say_replicated(model, sizes)
-    longest = max(len(example.ids) for example in examples)
-    length = bucket_length(longest, args.cutoff_len)
     limit = mesh_limit(mesh)
     check_room_to_quantize(manifest, model.dtype, model.quantize_to, sizes, limit)
     memory = decide(args, model, sizes, length, limit)

@@ -23,7 +23,7 @@ def pack(
     """Rows that together hold each example once, whole; in the order of their first examples.
 
     Best fit, longest first: an example goes where it leaves the least room. That needs at most 11/9
-    of the fewest rows possible, and 1 more (Johnson, 1973).
+    of the fewest rows possible, and 4 more (Johnson, 1973).
     """
     rows: list[list[int]] = []
     rooms: list[int] = []  # that rows have left: in order, each once
@@ -57,11 +57,13 @@ def _joined(examples: Sequence[Example]) -> Example:
     return Example(ids, loss_mask, tuple(starts.tolist()))
 
 
-def describe(rows: Sequence[Example]) -> str:
+def describe(
+    rows: Sequence[Example],
+    length: int,  # to which the longest of them is padded
+) -> str:
     """One line for the log."""
-    examples, longest = sum(len(row.starts) for row in rows), max(len(row.ids) for row in rows)
-    tokens = sum(len(row.ids) for row in rows)
+    examples, tokens = sum(len(row.starts) for row in rows), sum(len(row.ids) for row in rows)
     return (
-        f"packed: {examples} examples in {len(rows)} rows of up to {longest} tokens, "
-        f"{tokens / (len(rows) * longest):.1%} full"
+        f"packed: {examples} examples in {len(rows)} rows of up to {length} tokens, "
+        f"{tokens / (len(rows) * length):.1%} full"
     )
