@@ -130,9 +130,16 @@ def test_blocks_that_the_kernel_leaves(M, N, clusters):
     assert clusters * turns >= body.pieces > (clusters - 1) * turns
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-@pytest.mark.parametrize("rank", [0, 16])
-def test_kernel_interpreted(rank, layer):
+@pytest.mark.parametrize(
+    ("rank", "layer", "scaled"),
+    [
+        (0, None, False), (0, 1, False), (16, None, False), (16, 1, False),
+        pytest.param(16, None, True, marks=pytest.mark.skipif(
+            jax.__version__.startswith("0.10."), reason="jax 0.10 does not interpret that load"
+        )),
+    ],
+)  # fmt: skip
+def test_kernel_interpreted(rank, layer, scaled):
     """Four pieces for two blocks, each of four steps through a ring of two tiles."""
     M, N, K = 256, 128, 256
     tiling = _pallas_gemm.Tiling(rows=64, columns=64, stages=2, cluster=1)
@@ -143,13 +150,14 @@ def test_kernel_interpreted(rank, layer):
         _pallas_gemm.gemm, turned=True, tiling=tiling, blocks=2, interpret=InterpretGPUParams()
     )
     into = None if layer is None else (stack, jnp.int32(layer))
-    y = jax.jit(run)(x, w, *(pair if rank else (None, None)), into=into)
+    scale = jnp.asarray(np.abs(normal(5, M))) if scaled else None
+    y = jax.jit(run)(x, w, *(pair if rank else (None, None)), scale, into=into)
     if layer is not None:
         others = [i for i in range(len(stack)) if i != layer]
         np.testing.assert_array_equal(y[jnp.array(others)], stack[jnp.array(others)])
         y = y[layer]
     x, w, low, b = (np.asarray(v, np.float64) for v in (x, w, *pair))
-    want = x @ w + low @ b
+    want = (x @ w + low @ b) * (1 if scale is None else np.asarray(scale, np.float64)[:, None])
     # Rounded once to 8 bits.
     assert np.abs(np.asarray(y, np.float64) - want).max() <= 2**-8 * np.abs(want).max()
 

@@ -92,7 +92,7 @@ def test_the_embedding_table_stays_where_it_is():
     large = sorted((c.kind, c.size) for c in once if c.size >= rows // 4)
     assert large == [("all-gather", rows), ("all-to-all", rows // 4)]
     # LoRA's b is joined for all layers at once. (The rest is tokens, masks and the like.)
-    joined = [c.size for c in once if c.place.endswith("transpose")]
+    joined = [c.size for c in once if "(loss)" not in c.place and "shard_map" not in c.place]
     assert sum(joined) == 4 * lora_values() and len(joined) == 5
 
 
@@ -185,7 +185,8 @@ def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib():
 
     options = overlap.compiler_options(Pair(), "pipeline")
     assert options["xla_gpu_enable_latency_hiding_scheduler"] is True
-    assert "xla_gpu_enable_pipelined_all_gather" in options
+    if jax.__version_info__ < (0, 12):  # later ones do not know it any more
+        assert "xla_gpu_enable_pipelined_all_gather" in options
     assert overlap.compiler_options(Pair()) == overlap.compiler_options(Pair(), "schedule")
     One = type("One", (), {"size": 1, "devices": np.array([Gpu()])})
     at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}

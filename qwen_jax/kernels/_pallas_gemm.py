@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen_jax.kernels._pallas_versions import load
 from qwen_jax.kernels.hopper import multiprocessors
 
 _CONSUMERS = 2  # warpgroups that multiply; the one after them loads
@@ -296,7 +297,7 @@ class Body:
         def piece(sums, number, row, column):
             first = row + warpgroup * t.rows
             if self.scaled:  # on its way early: it is needed last
-                factor = plgpu.load(
+                factor = load(
                     scale, (pl.ds(first, t.rows),), layout=plgpu.Layout.WGMMA.reduce(1),
                     optimized=False,
                 )  # fmt: skip
@@ -307,7 +308,7 @@ class Body:
                 plgpu.barrier_wait(full.at[slot])
                 w_now = w_tile.at[slot]
                 if not self.turned:
-                    w_now = plgpu.transpose_ref(w_now, (1, 0))
+                    w_now = w_now.transpose((1, 0))
                 plgpu.wgmma(sums, x_tile.at[slot, own], w_now)
                 plgpu.wgmma_wait(t.lag)
                 pl.when(i >= t.lag)(lambda: release(count - t.lag))

@@ -200,11 +200,13 @@ def pack_layer(
     N, unit = data.shape[0], _UNIT[kind]
     I = data.shape[1] * (2 if kind in ("int4", "nf4") else 1)
     K = padded_inputs(I, kind)
+    if kind == "bf16":
+        data = data.view(jnp.uint16)  # XLA on a CPU may take the smallest numbers for zeros
     data = jnp.pad(data, [(0, 0), (0, (K - I) * data.shape[1] // I)])
     if kind == "bf16":
         # [n, half, row, b, part, h, pair and second]
         values = data.reshape(N // 16, 2, 8, K // 32, 4, 2, 4).transpose(0, 3, 5, 2, 4, 1, 6)
-        return values.reshape(N // 16, K // unit, 32, 8), None
+        return values.reshape(N // 16, K // unit, 32, 8).view(jnp.bfloat16), None
     if kind == "int8":
         # [n, half, row, unit, part, h, pair, second]
         codes = data.view(jnp.uint8).reshape(N // 16, 2, 8, K // 32, 4, 2, 2, 2)
