@@ -6,7 +6,8 @@
               Gathers of codes are not joined, which would make all products wait for all of them.
     pipeline  the gathers of the next layer start within this one as well; the packed weights of two
               layers are then held at once (0.5 GB each at 72B), and the loop is unrolled twice,
-              since carrying them over would copy them
+              since carrying them over would copy them. From jax 0.11 on XLA has no option for the
+              former, and only unrolls
 
 They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Nothing here is
 measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU there is nothing to
