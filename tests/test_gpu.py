@@ -108,8 +108,8 @@ def test_two_cards_give_the_gradients_of_one(axis, kind, products):
     )
     assert abs(loss_2 - loss) < 0.002 * loss
     for a, b in zip(jax.tree.leaves(grads_2), jax.tree.leaves(grads), strict=True):
-        # Sums in another order are rounded to bfloat16 on the way; what that turns in a value's last
-        # bit may turn its e4m3 code, a step of 1/16 (0.028 where a CPU computes all that).
+        # Sums in another order are rounded to bfloat16 on the way; what that turns in the last bit
+        # of a value may turn its e4m3 code, a step of 1/16 (0.028 where a CPU computes all that).
         assert relative_error(a, b) < (0.02 if products == "bf16" else 0.06)
 
 
