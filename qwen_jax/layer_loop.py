@@ -31,7 +31,7 @@ from qwen_jax.kernels.unfilled import unfilled
 from qwen_jax.layer_modes import Keeping, Kept, Plain, Recalling
 from qwen_jax.quant import Layer
 from qwen_jax.remat import SAVED
-from qwen_jax.sharding import MESH_AXES, batch_spec
+from qwen_jax.sharding import MESH_AXES, batch_spec, split_dims
 
 # [L, B, ...] of which each device of a mesh has its own, as one array: nothing is sent.
 _STACKS = PartitionSpec(None, MESH_AXES)
@@ -49,17 +49,12 @@ class Share:
     def tensor(self) -> str | None:
         return "tensor" if self.mesh.shape["tensor"] > 1 else None
 
-    def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """The function on each device's own part."""
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-
     def add_up(self, gradient: Any) -> Any:
         """Gradients of one layer's low, of which each device has a part, in float32."""
 
         def one(g: jax.Array, layout: PartitionSpec) -> jax.Array:
-            axes = [name for name, n in self.mesh.shape.items() if n > 1 and name not in layout]
+            shape = self.mesh.shape
+            axes = [name for name in shape if shape[name] > 1 and not split_dims(layout, name)]
             return jax.lax.psum(g.astype(jnp.float32), axes).astype(g.dtype)
 
         return jax.tree.map(one, gradient, self.low)
@@ -92,7 +87,26 @@ class Run:
         """Where kernels find the input of a layer."""
         return Layer(stack=inputs, index=index) if self.kernels else None
 
+    def on_each_device(
+        self, function: Callable, takes: tuple[str, ...], gives: tuple[str, ...]
+    ) -> Callable:
+        """A function of (run, ...), on each device of a mesh with its own part of what it takes:
+        rows [B, ...], stacks [L, B, ...] of them, low or frozen.
+        """
+        function = functools.partial(function, self)
+        if self.share is None:
+            return function
+        layouts = {
+            "rows": batch_spec(), "stacks": _STACKS, "low": self.share.low,
+            "frozen": self.share.frozen,
+        }  # fmt: skip
+        in_specs, out_specs = (tuple(layouts[name] for name in names) for names in (takes, gives))
+        return jax.shard_map(
+            function, mesh=self.share.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
     def mode(self, kind: type[Plain], **more: Any) -> Plain:
+        """A mode of this run."""
         tensor = self.share.tensor if self.share else None
         return kind(
             compute=self.compute, lean=self.lean, kernels=self.kernels, tensor=tensor, **more
@@ -132,18 +146,13 @@ def _scan(run: Run, x, low, frozen, wrap=lambda body: body):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run_again(run: Run, x, low, frozen):
     """run_layers, with a backward pass that runs each layer again from what it kept."""
-    scan, rows = functools.partial(_scan, run), batch_spec()
-    if run.share is not None:
-        scan = run.share.map(scan, (rows, run.share.low, run.share.frozen), rows)
-    return scan(x, low, frozen)
+    scan = run.on_each_device(lambda *given: (_scan(*given),), ("rows", "low", "frozen"), ("rows",))
+    return scan(x, low, frozen)[0]
 
 
 def _forward(run: Run, x, low, frozen):
-    pass_, rows = functools.partial(_forward_pass, run), batch_spec()
-    if run.share is not None:
-        share = run.share
-        pass_ = share.map(pass_, (rows, share.low, share.frozen), (rows, _STACKS))
-    x, stacks = pass_(x, low, frozen)
+    there = run.on_each_device(_forward_pass, ("rows", "low", "frozen"), ("rows", "stacks"))
+    x, stacks = there(x, low, frozen)
     return x, (stacks, low, frozen)
 
 
@@ -177,11 +186,9 @@ def _forward_pass(run: Run, x, low, frozen):
 
 
 def _backward(run: Run, residuals, gradient):
-    pass_, rows = functools.partial(_backward_pass, run), batch_spec()
-    if run.share is not None:
-        share = run.share
-        pass_ = share.map(pass_, (_STACKS, share.low, share.frozen, rows), (rows, share.low))
-    return *pass_(*residuals, gradient), None
+    takes = ("stacks", "low", "frozen", "rows")
+    back = run.on_each_device(_backward_pass, takes, ("rows", "low"))
+    return *back(*residuals, gradient), None
 
 
 def _backward_pass(run: Run, stacks, low, frozen, gradient):

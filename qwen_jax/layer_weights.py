@@ -17,7 +17,7 @@ from qwen_jax.kernels.qmatmul import Weight
 from qwen_jax.layer_loop import Share
 from qwen_jax.params import layer_specs, leaf_spec, param_table
 from qwen_jax.quant import Layer, QTensor, QuantFormat
-from qwen_jax.sharding import batch_spec, constrain, joined
+from qwen_jax.sharding import batch_spec, constrain, joined, split_dims
 
 Tree = dict[str, Any]
 
@@ -33,7 +33,7 @@ def one_layer(layers: Tree, index: jax.Array, mesh: Mesh | None) -> Tree:
         return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
     def one(stack: jax.Array | QTensor) -> Weight:
-        if isinstance(stack, QTensor) and (mesh is None or mesh.size == 1):
+        if is_quantized(stack) and (mesh is None or mesh.size == 1):
             return Layer(stack=stack, index=index)
         return jax.tree.map(cut, stack)
 
@@ -109,7 +109,7 @@ def _obstacle(cfg: ModelConfig, layers: Tree, specs: Tree) -> str:
         if spec.lora_target:
             layout = specs[spec.path[1]][spec.path[2]]
             layout = layout.data if is_quantized(layout) else layout
-            if not any("tensor" in (entry or "") for entry in layout):
+            if not split_dims(layout, "tensor"):
                 return f"the tensor axis does not divide {spec.path[-1]}"
     return ""
 

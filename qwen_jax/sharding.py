@@ -154,11 +154,16 @@ def tensor_size(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["tensor"]
 
 
+def split_dims(spec: PartitionSpec, axis: str) -> list[int]:
+    """The dimensions that a mesh axis splits."""
+    names = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    return [dim for dim, inside in enumerate(names) if axis in inside]
+
+
 def joined(x: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
     """On a device of a mesh: its slice of an array with the slices of the others of `axis`."""
-    for dim, names in enumerate(spec):
-        if names == axis or (isinstance(names, tuple) and axis in names):
-            x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    for dim in split_dims(spec, axis):
+        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
     return x
 
 

@@ -135,7 +135,7 @@ def trained(mesh_text):
         lambda x: jax.device_put(rng.standard_normal(x.shape).astype(np.float32) / 10, x.sharding),
         abstract.lora,
     )
-    schedule = make_schedule("constant", 1e-2, 10)
+    schedule = make_schedule("constant", 3e-3, 10)
     optimizer = make_optimizer(schedule)
     state = init_state(optimizer, lora, mesh)
     compute = Compute(remat=Remat.parse("full", CFG.num_layers), mesh=mesh)
@@ -162,15 +162,15 @@ def trained(mesh_text):
 )
 def test_eight_devices_train_nf4_like_one(mesh_text):
     # float32 sums in another order: 256 to 512 terms of an ulp (6e-8), through five layers. Where a
-    # gradient is small AdamW takes its sign, and rounding may turn it: that moves some of the
-    # gradients after two updates, hardly the loss: the norm of the fourth by 0.0048 on one CPU.
+    # gradient is small AdamW takes its sign, and rounding may turn it: with steps of 0.01 that
+    # moved the norm of the fourth gradient by 0.005, with these by 4e-5.
     one, eight = trained("1"), trained(mesh_text)
     np.testing.assert_allclose(eight[0][:, 0], one[0][:, 0], rtol=1e-5)
     np.testing.assert_allclose(eight[0][:2, 1], one[0][:2, 1], rtol=1e-4)
-    np.testing.assert_allclose(eight[0][2:, 1], one[0][2:, 1], rtol=1e-2)
+    np.testing.assert_allclose(eight[0][2:, 1], one[0][2:, 1], rtol=1e-3)
     assert one[0][-1][0] < one[0][0][0] - 0.1  # it does learn
     for a, b in zip(jax.tree.leaves(eight[1]), jax.tree.leaves(one[1]), strict=True):
-        assert np.abs(a - b).mean() < 1e-4  # of steps of 0.01
+        assert np.abs(a - b).mean() < 3e-5  # of steps of 0.003
 
 
 def test_overlap_options_are_those_of_gpus_and_known_to_this_jaxlib():
