@@ -78,9 +78,14 @@ def sent_by_kind(found: list[Collective]) -> dict[str, float]:
 
 def _collective(line: str, match: re.Match, times: int) -> Collective:
     result, kind, start = match.groups()
-    arrays = [(dtype, _bytes(dtype, shape)) for dtype, shape in _ARRAY.findall(result)]
-    if start and kind != "all-reduce" and len(arrays) > 1:
-        # A start gives its operands back beside its results; all-reduce alone does not.
+    _, apart, results = result.partition("), ") if result.startswith("((") else ("", "", "")
+    arrays = [
+        (dtype, _bytes(dtype, shape))
+        for dtype, shape in _ARRAY.findall(results if apart else result)
+    ]
+    # A start gives its operands back beside its results, from some version on in a tuple of their
+    # own; before that all-reduce alone did not.
+    if start and not apart and kind != "all-reduce" and len(arrays) > 1:
         arrays = [a for a in arrays if a[0] not in ("u32", "s32") or a[1] > 4] or arrays
         arrays = arrays[len(arrays) // 2 :]
     members = _members(line)

@@ -50,12 +50,19 @@ class Share:
         return "tensor" if self.mesh.shape["tensor"] > 1 else None
 
     def add_up(self, gradient: Any) -> Any:
-        """Gradients of one layer's low, of which each device has a part, in float32."""
+        """Gradients of one layer's low, of which each device has a part, in float32.
+
+        Barriers, because XLA:GPU joins sums that it may make at once, then moves conversions from
+        and to bfloat16 to the other side of some of them, and last takes all for one array of the
+        first one's dtype: gradients of a run of one layer, joined with the sum of the loss, were
+        garbage on two cards (jax 0.11.2).
+        """
+        barrier = jax.lax.optimization_barrier
 
         def one(g: jax.Array, layout: PartitionSpec) -> jax.Array:
             shape = self.mesh.shape
             axes = [name for name in shape if shape[name] > 1 and not split_dims(layout, name)]
-            return jax.lax.psum(g.astype(jnp.float32), axes).astype(g.dtype)
+            return barrier(jax.lax.psum(barrier(g.astype(jnp.float32)), axes)).astype(g.dtype)
 
         return jax.tree.map(one, gradient, self.low)
 
