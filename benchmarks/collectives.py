@@ -101,6 +101,11 @@ def _collective(line: str, match: re.Match, times: int) -> Collective:
     )
 
 
+def array_bytes(text: str) -> int:
+    """Bytes of an array as HLO writes it, bf16[2,8]."""
+    return _bytes(*_ARRAY.search(text).groups())
+
+
 def _bytes(dtype: str, shape: str) -> int:
     bits = _BITS.get(dtype) or int(re.match(r"[fsu](\d+)", dtype)[1])
     count = 1

@@ -20,32 +20,22 @@ take from computing ones, hosts that wait for each other.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from benchmarks.collectives import Collective, collectives
+from benchmarks.compiled import abstract_step
 from benchmarks.train import CONFIGS
-from qwen_jax.adapters import LoraConfig, abstract_lora
+from qwen_jax.adapters import LoraConfig
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
 from qwen_jax.files import read_json_object
 from qwen_jax.memory import weight_bytes
-from qwen_jax.params import abstract_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
 from qwen_jax.sharding import make_mesh, parse_mesh
-from train.step import (
-    Compute,
-    TrainState,
-    abstract_state,
-    batch_sharding,
-    compile_step,
-    make_optimizer,
-    make_schedule,
-)
+from train.step import Compute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,36 +105,13 @@ def main(argv: list[str] | None = None) -> None:
         print(describe(args, cfg, text, mesh, estimate(args, mesh, found)), flush=True)
 
 
-def abstract_step(
-    cfg: ModelConfig,
-    base: str,
-    lora_cfg: LoraConfig,
-    remat: str,
-    mesh: Mesh,
-    rows: int,
-    length: int,
-) -> tuple[Callable, TrainState, dict, dict]:
-    """The step over `rows` sequences in float32, and what it takes: state, params, batch."""
-    params = abstract_params(cfg, jnp.float32, QuantFormat.named(base), mesh)
-    schedule = make_schedule("constant", 1e-4, 100)
-    optimizer = make_optimizer(schedule)
-    state = abstract_state(optimizer, abstract_lora(cfg, lora_cfg, mesh=mesh), mesh)
-    compute = Compute(remat=Remat.parse(remat, cfg.num_layers), mesh=mesh)
-    step = compile_step(cfg, optimizer, schedule, state, params, compute)
-    shape, layout = (1, rows, length), batch_sharding(mesh)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout),
-        "loss_mask": jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=layout),
-    }
-    return step, state, params, batch
-
-
 def counted(args: Args, cfg: ModelConfig, sizes: dict[str, int]) -> list[Collective]:
     """The collectives of a step, compiled for a mesh of virtual devices."""
     lora_cfg = LoraConfig(rank=args.lora_rank, alpha=2 * args.lora_rank)
     rows = sizes["data"] * sizes["fsdp"]
+    compute = Compute(remat=Remat.parse(args.remat, cfg.num_layers), mesh=make_mesh(sizes))
     step, *arguments = abstract_step(
-        cfg, args.base, lora_cfg, args.remat, make_mesh(sizes), rows, args.seq
+        cfg, args.base, jnp.float32, lora_cfg, compute, rows=rows, length=args.seq
     )
     return collectives(step.lower(*arguments).compile().as_text())
 

@@ -14,6 +14,7 @@ import math
 import os
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.errors import InputError, UsageError, did_you_mean
@@ -161,9 +162,14 @@ def split_dims(spec: PartitionSpec, axis: str) -> list[int]:
 
 
 def joined(x: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
-    """On a device of a mesh: its slice of an array with the slices of the others of `axis`."""
+    """On a device of a mesh: its slice of an array with the slices of the others of `axis`.
+
+    They arrive one behind another, and are interleaved here where that is not their order. Asked to
+    do that itself, XLA turns what is gathered beforehand: a whole stack of layers, each step.
+    """
     for dim in split_dims(spec, axis):
-        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+        slices = jax.lax.all_gather(x, axis)  # [devices, ...]
+        x = jnp.moveaxis(slices, 0, dim).reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
     return x
 
 

@@ -6,20 +6,12 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh
 from tiny import tiny_config
 
-from qwen_jax import layer_loop
+from benchmarks.compiled import for_a_card
 from qwen_jax.adapters import LoraConfig, abstract_lora
-from qwen_jax.kernels import (
-    attention,
-    dequantize,
-    lora_matmul,
-    quantize_rows,
-    rms_norm,
-    swiglu,
-)
+from qwen_jax.kernels import attention
 from qwen_jax.params import abstract_params
 from qwen_jax.quant import QuantFormat
 from qwen_jax.remat import Remat
@@ -33,13 +25,9 @@ CFG = tiny_config(
 
 
 @pytest.fixture
-def on_a_card(monkeypatch):
-    for module in (layer_loop, lora_matmul, quantize_rows, rms_norm, swiglu):
-        monkeypatch.setattr(module, "on_hopper", lambda dtype: dtype == jnp.bfloat16)
-    monkeypatch.setattr(dequantize, "is_hopper", lambda: True)
-    monkeypatch.setattr(attention, "_choose", lambda *_: "cudnn")
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
-    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+def on_a_card():
+    with for_a_card():
+        yield
 
 
 def lowered(

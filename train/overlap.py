@@ -9,11 +9,11 @@
               since carrying them over would copy them. From jax 0.11 on XLA has no option for the
               former, and only unrolls
 
-They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Nothing here is
-measured yet on several GPUs; `benchmarks.train --overlap` compares. On one GPU there is nothing to
-exchange. There, all but `none` run at once the kernels that do not wait for each other: weights are
-dequantized while a product runs (kernels/lora_matmul.py). Buffers are then
-shared less, 0.5 to 1.8 GB more at 72B, so `auto` does it only where it pays (step.at_once_pays).
+They are options of the compiled program, so the user's XLA_FLAGS stay as they are. Of several GPUs
+only `schedule` was measured, on two; `benchmarks.scaling --overlap` compares. On one GPU there is
+nothing to exchange. There, all but `none` run at once the kernels that do not wait for each other:
+weights are dequantized while a product runs (kernels/lora_matmul.py). Buffers are then shared less,
+0.5 to 1.8 GB more at 72B, so `auto` does it only where it pays (step.at_once_pays).
 """
 
 import functools
@@ -41,6 +41,11 @@ _PIPELINE = _SCHEDULE | {
 # level `none` it still does), and run it a second time for whoever else reads that result.
 _EVERYWHERE: dict[str, Option] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _AT_ONCE: dict[str, Option] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+# Sums over devices by NCCL alone. A precaution: on two cards 80 layers cut over `tensor` learned
+# something else than on one, where all that the program had and programs with the right gradients
+# had not were small sums in a loop by XLA's own kernels (docs/benchmarks.md). Versions that do not
+# know the option have no such kernels, or not by default.
+_BY_NCCL: dict[str, Option] = {"xla_gpu_experimental_use_collective_kernels": ""}
 _OPTIONS: dict[str, dict[str, Option]] = {
     "none": {},
     "schedule": _SCHEDULE,
@@ -69,7 +74,11 @@ def compiler_options(
         chosen = {} if apart else _AT_ONCE
     else:
         chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
-    return {name: value for name, value in (_EVERYWHERE | chosen).items() if known(name, value)}
+        chosen = chosen | {name: value for name, value in _BY_NCCL.items() if known(name, value)}
+    wanted = _EVERYWHERE | chosen
+    for name in (missing := [name for name, value in wanted.items() if not known(name, value)]):
+        _log.warning("this jaxlib does not know %s: a step may be slower", name)
+    return {name: value for name, value in wanted.items() if name not in missing}
 
 
 @functools.cache
@@ -80,6 +89,5 @@ def known(name: str, value: Option) -> bool:
     except jax.errors.JaxRuntimeError as error:
         if not any(reason in str(error) for reason in _UNKNOWN):
             raise
-        _log.warning("this jaxlib does not know %s=%s: a step may be slower", name, value)
         return False
     return True

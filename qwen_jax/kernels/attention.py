@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.hopper import say_once
+from qwen_jax.kernels.hopper import on_gpu, say_once
 
 # Queries handled at once by the reference: bounds the [T, S] scores at 128 * S a head.
 QUERY_CHUNK = 128
@@ -117,7 +117,7 @@ def _choose(q: jax.Array, causal_square: bool, segmented: bool) -> str:
     # cuDNN's flash kernel takes 16-bit inputs and head sizes up to 128 in steps of 8.
     chosen = "xla"
     enough = causal_square or (q.shape[1] >= _CUDNN_QUERIES and not segmented)
-    if jax.default_backend() == "gpu" and enough and half:
+    if on_gpu() and enough and half:
         chosen = "cudnn" if q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 else "xla"
     use = "decode" if q.shape[1] == 1 else "prefill or training"
     say_once(f"attention for {use} runs on {chosen}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from qwen_jax import quant
-from qwen_jax.kernels.hopper import is_hopper, served
+from qwen_jax.kernels.hopper import is_hopper, on_gpu, served
 from qwen_jax.quant import Layer, QTensor
 
 FP8 = jnp.float8_e4m3fn
@@ -59,7 +59,7 @@ def turn(w: jax.Array) -> jax.Array:
     Hopper's fp8 GEMM takes operands that are contiguous along the summed axis only.
     """
     w = jnp.moveaxis(w, -1, 0)
-    if jax.default_backend() != "gpu":
+    if not on_gpu():
         return w
     return with_layout_constraint(w, Layout(tuple(range(w.ndim))))
 

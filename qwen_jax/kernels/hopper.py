@@ -1,19 +1,37 @@
 """Which card the kernels run on: the one place that asks; and what was chosen for it, said once."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
 _log = logging.getLogger(__name__)
+_assumed = False  # by as_on_a_card
+
+
+@contextlib.contextmanager
+def as_on_a_card() -> Iterator[None]:
+    """What is traced in here is for a Hopper card, which need not be there: to compile for it."""
+    global _assumed
+    before, _assumed = _assumed, True
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def on_gpu() -> bool:
+    """Whether programs run on a GPU, or are compiled for one."""
+    return _assumed or jax.default_backend() == "gpu"
 
 
 def is_hopper() -> bool:
     """Whether the default device has compute capability 9.0, for which the kernels are written."""
-    if jax.default_backend() != "gpu":
-        return False
+    if _assumed or not on_gpu():
+        return _assumed
     return str(jax.local_devices()[0].compute_capability) == "9.0"
 
 

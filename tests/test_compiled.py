@@ -1,0 +1,138 @@
+"""The benchmark that compiles for cards that are not there: what it reads off programs.
+
+With jax's CUDA plugin, on a machine without a GPU, the programs themselves too:
+
+    JAX_PLATFORMS=cpu python -m pytest -m slow tests/test_compiled.py
+"""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import tiny_config
+
+from benchmarks import compiled
+from benchmarks.collectives import collectives
+from qwen_jax.adapters import LoraConfig
+from qwen_jax.errors import UsageError
+from qwen_jax.kernels import hopper
+from qwen_jax.quant import QuantFormat
+from qwen_jax.remat import Remat
+from qwen_jax.sharding import parse_mesh
+from train.memory import Workload
+
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+def with_the_compiler(test):
+    here = HAS_PLUGIN and jax.config.jax_platforms == "cpu"
+    reason = "needs jax's CUDA plugin, and JAX_PLATFORMS=cpu"
+    return pytest.mark.slow(pytest.mark.skipif(not here, reason=reason)(test))
+
+
+# As XLA writes it: sums of a float32 and of a bfloat16 array, joined as if both were float32.
+JOINED = """\
+ENTRY %main (p: f32[1], q: bf16[2,4]) -> bf16[2,4] {
+  %p = f32[1]{0} parameter(0)
+  %q = bf16[2,4]{1,0} parameter(1)
+  %flat = f32[8]{0} bitcast(%q), metadata={scheduling_name="flat"}
+  %both = f32[9]{0} fusion(%p, %flat), kind=kLoop, calls=%wrapped_concatenate
+  %sum = f32[9]{0} all-reduce(%both), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  %part = f32[8]{0} fusion(%sum), kind=kLoop, calls=%wrapped_slice
+  ROOT %back = bf16[2,4]{1,0} bitcast(%part)
+}
+"""
+
+
+def test_an_array_taken_for_another_is_found():
+    found = compiled.mistaken(JOINED)
+    assert [line.split(" = ")[0] for line in found] == ["%flat", "ROOT %back"]
+    assert compiled.mistaken(JOINED.replace("f32[8]", "f32[4]")) == []  # the same 16 bytes
+    # Names are those of one computation: another one may have the same.
+    other = "%body {\n  %q = f32[8]{0} parameter(0)\n  %flat = f32[2,4]{1,0} bitcast(%q)\n}"
+    assert compiled.mistaken(f"{other}\n\n{JOINED}") == found
+
+
+def test_weights_of_many_layers_made_twice_are_counted():
+    layer = "  %one = u8[16,8]{1,0} fusion(%stack, %i), kind=kLoop, calls=%cut\n"
+    turned = "  %all = u8[16,80,8]{2,1,0} fusion(%stack), kind=kLoop, calls=%turn\n"
+    given = "  %stack = u8[80,16,8]{2,1,0} parameter(0)\n"
+    kept = "  %kept = bf16[80,16,8]{2,1,0} fusion(%x), kind=kLoop, calls=%write\n"
+    assert compiled.copied_weights(given + layer + kept, 16 * 8) == 0
+    assert compiled.copied_weights(given + layer + turned + kept, 16 * 8) == 80 * 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("result", "size"),
+    [
+        ("bf16[4,8]{1,0} all-reduce-start(", 64),
+        ("(bf16[4,8]{1,0}, f32[2]{0}) all-reduce-start(", 72),
+        # jax 0.11: operands first, apart.
+        ("((bf16[4,8]{1,0}), bf16[4,8]{1,0}) all-reduce-start(", 64),
+        ("((bf16[4,8]{1,0}, f32[2]{0}), (bf16[4,8]{1,0}, f32[2]{0})) all-reduce-start(", 72),
+        ("((u8[4,8]{1,0}), u8[8,8]{1,0}) all-gather-start(", 64),
+        ("(u8[4,8]{1,0}, u8[8,8]{1,0}) all-gather-start(", 64),
+    ],
+)
+def test_a_start_counts_its_results_alone(result, size):
+    text = f"ENTRY %main () -> f32[] {{\n  %x = {result}%p), replica_groups={{{{0,1}}}}\n}}\n"
+    (found,) = collectives(text)
+    assert found.size == size
+
+
+def test_kernels_are_chosen_for_a_card_only_within():
+    assert not hopper.on_hopper(jnp.bfloat16)
+    with compiled.for_a_card():
+        assert hopper.on_hopper(jnp.bfloat16)
+        assert not hopper.on_hopper(jnp.float32)
+    assert not hopper.is_hopper()
+    assert not hopper.on_gpu()
+
+
+@pytest.mark.skipif(HAS_PLUGIN, reason="jax's CUDA plugin is here")
+def test_without_a_compiler_it_says_what_to_install():
+    with pytest.raises(UsageError, match=r"no compiler for CUDA .*pip install -e '\.\[cuda\]'"):
+        compiled.main(["--layers", "2", "--meshes", "fsdp=2"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "base", "remat", "products"),
+    [
+        # Runs of one layer are not in a loop: XLA joins their sums with others.
+        ("data=2", "nf4", "selective:1,full:1", "bf16"),
+        ("data=2", "nf4", "selective:1,full:1", "fp8"),
+        ("data=2", "nf4", "none", "bf16"),
+        ("fsdp=2", "nf4", "full:1,selective:1", "bf16"),
+        ("fsdp=2", "nf4", "attention:1,selective:1", "fp8"),
+        ("data=2,fsdp=2", "none", "selective:1,full:1", "bf16"),
+        ("tensor=2", "nf4", "selective", "bf16"),
+        ("data=2,tensor=2", "int8", "selective:1,full:1", "bf16"),
+        ("data=2,fsdp=2,tensor=2", "int8", "none", "bf16"),
+    ],
+)
+@with_the_compiler
+def test_programs_for_cards_take_no_array_for_another(mesh, base, remat, products):
+    cfg = tiny_config(
+        vocab_size=512, hidden_size=1024, num_layers=2, num_heads=8, head_dim=128, ffn_size=1024
+    )
+    work = Workload(
+        cfg=cfg, format=QuantFormat.named(base), dtype=jnp.bfloat16,
+        lora=LoraConfig(rank=8), sizes=parse_mesh(mesh), rows=1, length=512,
+    )  # fmt: skip
+    text, _ = compiled.compiled_step(work, base, Remat.parse(remat, 2), products, False)
+    assert compiled.mistaken(text) == []
+
+
+@pytest.mark.parametrize("mesh", ["1", "data=2", "fsdp=2", "tensor=2"])
+@with_the_compiler
+def test_the_plan_is_what_xla_plans_for_cards(mesh):
+    args = compiled.Args()
+    cfg = compiled.ModelConfig.from_hf(
+        compiled.read_json_object(compiled.CONFIGS / "qwen_72b.json")
+    )
+    row = compiled.row(args, cfg, mesh, "nf4", 2048, "selective", "bf16")
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    total, planned = (float(cell.removesuffix(" GB")) for cell in (cells[7], cells[8]))
+    assert abs(planned / total - 1) < 0.05
+    assert cells[10:12] == ["0.00 GB", "0"]
