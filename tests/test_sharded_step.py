@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_config
 
 from benchmarks.collectives import Collective, collectives
-from benchmarks.scaling_model import abstract_step
+from benchmarks.compiled import abstract_step
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.params import init_params, param_table
 from qwen_jax.quant import QuantFormat, quantize
@@ -35,7 +35,8 @@ ROWS, LENGTH = 8, 64
 
 def parts(mesh, remat="full", base="nf4"):
     """The step over abstract arrays, and those."""
-    return abstract_step(CFG, base, LORA, remat, mesh, ROWS, LENGTH)
+    compute = Compute(remat=Remat.parse(remat, CFG.num_layers), mesh=mesh)
+    return abstract_step(CFG, base, jnp.float32, LORA, compute, rows=ROWS, length=LENGTH)
 
 
 @functools.cache
