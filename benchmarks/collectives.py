@@ -79,10 +79,7 @@ def sent_by_kind(found: list[Collective]) -> dict[str, float]:
 def _collective(line: str, match: re.Match, times: int) -> Collective:
     result, kind, start = match.groups()
     _, apart, results = result.partition("), ") if result.startswith("((") else ("", "", "")
-    arrays = [
-        (dtype, _bytes(dtype, shape))
-        for dtype, shape in _ARRAY.findall(results if apart else result)
-    ]
+    arrays = arrays_of(results if apart else result)
     # A start gives its operands back beside its results, from some version on in a tuple of their
     # own; before that all-reduce alone did not.
     if start and not apart and kind != "all-reduce" and len(arrays) > 1:
@@ -101,9 +98,9 @@ def _collective(line: str, match: re.Match, times: int) -> Collective:
     )
 
 
-def array_bytes(text: str) -> int:
-    """Bytes of an array as HLO writes it, bf16[2,8]."""
-    return _bytes(*_ARRAY.search(text).groups())
+def arrays_of(result: str) -> list[tuple[str, int]]:
+    """(dtype, bytes) of each array in a result as HLO writes it: bf16[2,8], or a tuple of them."""
+    return [(dtype, _bytes(dtype, shape)) for dtype, shape in _ARRAY.findall(result)]
 
 
 def _bytes(dtype: str, shape: str) -> int:

@@ -7,7 +7,7 @@
 XLA compiles from a description of the card, with the kernels that would run there; only what it
 times to choose it leaves as it is. What it plans for arguments and temporaries is what a run then
 takes (docs/benchmarks.md), so this checks the memory plan where there is no card, and shows what
-nobody should have to pay: weights that are copied whole, arrays that are taken for others.
+nobody should have to pay: packed weights of many layers that are copied, arrays taken for others.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from benchmarks.collectives import array_bytes, collectives, sent_by_kind
+from benchmarks.collectives import arrays_of, collectives, sent_by_kind
 from benchmarks.train import CONFIGS
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.cli import parse, run
@@ -34,11 +34,12 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.errors import UsageError
 from qwen_jax.files import read_json_object
 from qwen_jax.kernels.hopper import as_on_a_card
+from qwen_jax.kernels.qmatmul import COMPUTE
 from qwen_jax.memory import GB
 from qwen_jax.params import abstract_params
 from qwen_jax.quant import QuantFormat
-from qwen_jax.sharding import MESH_AXES, parse_mesh
-from train.memory import Workload
+from qwen_jax.sharding import MESH_AXES, check_tensor_axis, parse_mesh
+from train.memory import MemoryPlan, Workload
 from train.step import (
     Compute,
     TrainState,
@@ -104,52 +105,88 @@ class Args:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(Args, argv)
+    for name in ("meshes", "quantize", "seq", "remat", "compute"):
+        if not getattr(args, name):
+            raise UsageError(f"--{name} names nothing")
+    for name, least in {
+        "rows": args.rows,
+        "seq": min(args.seq),
+        "lora_rank": args.lora_rank,
+    }.items():
+        if least < 1:
+            raise UsageError(f"--{name} is {least}; expected at least 1")
+    if unknown := set(args.compute) - set(COMPUTE):
+        raise UsageError(f"--compute {unknown.pop()}: expected one of {', '.join(COMPUTE)}")
     # The card is described, not there; a CPU is what stands behind jax meanwhile.
     jax.config.update("jax_platforms", "cpu")
     cfg = ModelConfig.from_hf(read_json_object(CONFIGS / f"{args.config}.json"))
-    cfg = dataclasses.replace(cfg, num_layers=args.layers or cfg.num_layers)
-    names = ("mesh", "base", "tokens", "remat", "compute", "arguments", "temporaries", "sum",
-             "planned", "", "weights copied", "mistaken", "sent", "compiled in")  # fmt: skip
-    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
-    for mesh, base, seq, remat, compute in itertools.product(
-        args.meshes, args.quantize, args.seq, args.remat, args.compute
-    ):
-        print(row(args, cfg, mesh, base, seq, remat, compute), flush=True)
+    if args.layers is not None:
+        cfg = dataclasses.replace(cfg, num_layers=args.layers)
+    combinations = list(
+        itertools.product(args.meshes, args.quantize, args.seq, args.remat, args.compute)
+    )
+    # All are planned before the first is compiled: a mistake in the last one shows at once.
+    plans = [planned(args, cfg, *each[:4]) for each in combinations]
+    described_mesh(parse_mesh("1"))
+    with open(args.hlo, "w") if args.hlo else contextlib.nullcontext() as file:
+        names = ("mesh", "base", "tokens", "remat", "compute", "arguments", "temporaries", "sum",
+                 "planned", "", "weights copied", "mistaken", "sent", "compiled in")  # fmt: skip
+        print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
+        for (mesh, base, _, _, compute), (work, plan) in zip(combinations, plans, strict=True):
+            text, line = row(work, plan, mesh, base, compute)
+            print(line, flush=True)
+        if file is not None:
+            file.write(text)
 
 
-def row(
-    args: Args, cfg: ModelConfig, mesh: str, base: str, seq: int, remat: str, compute: str
-) -> str:
-    """One line of the table."""
+def planned(
+    args: Args, cfg: ModelConfig, mesh: str, base: str, seq: int, remat: str
+) -> tuple[Workload, MemoryPlan]:
+    """What a row compiles, and the plan of it; UsageError or InputError if that is nonsense."""
+    sizes = parse_mesh(mesh)
+    check_tensor_axis(sizes, {"heads": cfg.num_heads})
     work = Workload(
         cfg=cfg,
         format=QuantFormat.named(base),
         dtype=jnp.bfloat16,
         lora=LoraConfig(rank=args.lora_rank, alpha=2 * args.lora_rank),
-        sizes=parse_mesh(mesh),
+        sizes=sizes,
         rows=args.rows,
         length=seq,
         packed=args.packed,
     )
-    plan = work.plan(remat, int(args.device_memory * GB))
+    return work, work.plan(remat, int(args.device_memory * GB))
+
+
+def row(work: Workload, plan: MemoryPlan, mesh: str, base: str, compute: str) -> tuple[str, str]:
+    """The compiled program, and one line of the table."""
     began = time.perf_counter()
     text, used = compiled_step(work, base, plan.remat, compute, plan.offload_embedding)
     seconds = time.perf_counter() - began
-    if args.hlo:
-        with open(args.hlo, "w") as file:
-            file.write(text)
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    total, planned = used.argument_size_in_bytes + temporaries, plan.budget.total
-    sent = sent_by_kind(collectives(text))
-    largest = cfg.hidden_size * max(3 * cfg.attention_size, cfg.ffn_size)
+    total, expected = used.argument_size_in_bytes + temporaries, plan.budget.total
+    remat = f"{plan.remat}{', embedding on the host' * plan.offload_embedding}"
     cells = (
-        mesh, base, seq, f"{plan.remat}{', embedding on the host' * plan.offload_embedding}",
-        compute, f"{used.argument_size_in_bytes / GB:.2f} GB", f"{temporaries / GB:.2f} GB",
-        f"{total / GB:.2f} GB", f"{planned / GB:.2f} GB", f"{planned / total - 1:+.1%}",
-        f"{copied_weights(text, largest) / GB:.2f} GB", len(mistaken(text)),
-        ", ".join(f"{kind} {size / GB:.3g} GB" for kind, size in sent.items()), f"{seconds:.0f} s",
+        mesh, base, work.length, remat, compute,
+        f"{used.argument_size_in_bytes / GB:.2f} GB", f"{temporaries / GB:.2f} GB",
+        f"{total / GB:.2f} GB", f"{expected / GB:.2f} GB", f"{expected / total - 1:+.1%}",
+        _copied(text, work), len(mistaken(text)),
+        ", ".join(
+            f"{kind} {size / GB:.3g} GB"
+            for kind, size in sent_by_kind(collectives(text)).items()
+        ),
+        f"{seconds:.0f} s",
     )  # fmt: skip
-    return f"| {' | '.join(map(str, cells))} |"
+    return text, f"| {' | '.join(map(str, cells))} |"
+
+
+def _copied(text: str, work: Workload) -> str:
+    if work.format is None:
+        return "-"  # in bfloat16 weights look like what layers keep
+    cfg = work.cfg
+    values = cfg.hidden_size * max(3 * cfg.attention_size, cfg.ffn_size)
+    largest = values if work.format.kind == "int8" else values // 2
+    return f"{copied_weights(text, largest) / GB:.2f} GB"
 
 
 def compiled_step(
@@ -182,9 +219,9 @@ def described_mesh(sizes: dict[str, int]) -> Mesh:
         there = topologies.get_topology_desc(
             platform="cuda", target_config=target, topology=f"1x1x{math.prod(shape)}"
         )
-    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    except RuntimeError as error:  # its kinds are many
         raise UsageError(
-            f"no compiler for CUDA ({str(error).splitlines()[0]}); install jax's plugin: "
+            f"no compiler for CUDA ({str(error).splitlines()[0]}); if jax's plugin is missing: "
             f"pip install -e '.[cuda]'"
         ) from None
     devices = np.array(there.devices).reshape(shape)
@@ -231,29 +268,39 @@ def abstract_step(
     return step, state, params, batch
 
 
-_RESULT = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (\w+\[[\d,]*\])\S* ([\w\-]+)\((%[\w.\-]+)?")
-_MOVES = ("copy", "fusion", "all-gather", "all-gather-done")
+_LINE = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((%[\w.\-]+)?")
+_MADE_ELSEWHERE = ("parameter", "get-tuple-element", "bitcast", "tuple", "while", "conditional")
+
+
+def _operations(text: str) -> Iterator[dict[str, re.Match]]:
+    """The lines of each computation that is not inside a fusion, by the name of their result."""
+    for computation in text.split("\n\n"):
+        if not computation.lstrip().startswith(("%fused_", "%wrapped_")):
+            found = filter(None, map(_LINE.match, computation.splitlines()))
+            yield {match[1]: match for match in found}
 
 
 def copied_weights(text: str, largest: int) -> int:
-    """Bytes of packed weights of many layers that the program makes a second time: of arrays over
-    `largest`, the values of one layer's largest weight."""
-    found = (_RESULT.match(line) for line in text.splitlines())
-    arrays = (m[2] for m in found if m and m[3] in _MOVES and m[2].startswith(("u8[", "s8[")))
-    return sum(size for size in map(array_bytes, arrays) if size > largest)
+    """Bytes of packed weights that the program makes a second time, many layers of them: of arrays
+    over `largest` bytes, what one layer's largest weight takes. A copy of fewer is not seen."""
+    return sum(
+        size
+        for lines in _operations(text)
+        for match in lines.values()
+        if match[3] not in _MADE_ELSEWHERE
+        for dtype, size in arrays_of(match[2])
+        if dtype in ("u8", "s8") and size > largest
+    )
 
 
 def mistaken(text: str) -> list[str]:
     """Lines that take an array for one of another size: XLA's own mistakes."""
     found = []
-    for computation in text.split("\n\n"):
-        sizes = {}
-        for line in computation.splitlines():
-            if match := _RESULT.match(line):
-                name, array, operation, operand = match.groups()
-                sizes[name] = array_bytes(array)
-                if operation == "bitcast" and sizes.get(operand, sizes[name]) != sizes[name]:
-                    found.append(line.strip())
+    for lines in _operations(text):
+        sizes = {name: sum(size for _, size in arrays_of(m[2])) for name, m in lines.items()}
+        for name, match in lines.items():
+            if match[3] == "bitcast" and sizes.get(match[4], sizes[name]) != sizes[name]:
+                found.append(match[0].strip())
     return found
 
 

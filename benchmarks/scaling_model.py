@@ -5,8 +5,9 @@
 Nothing here is measured but the step of one card that is given. The step is compiled for each mesh
 on virtual CPU devices, without weights, and its collectives counted (benchmarks/collectives.py).
 The CPU computes bfloat16 in float32, so the program is compiled in float32 and floats are counted
-at half their size. For each collective, seconds = bytes that a device sends / the speed of the
-slowest link in its group + a latency. Devices fill hosts in the order of the mesh, tensor fastest.
+at half their size, but for gradients of LoRA, which cards add up in float32 too. For each
+collective, seconds = bytes that a device sends / the speed of the slowest link in its group + a
+latency. Devices fill hosts in the order of the mesh, tensor fastest.
 
     apart     step of one card x its share of the work + all collectives, one after another
     together  what may hide is hidden, as far as there is computation to hide it: the gathers of a
@@ -123,14 +124,16 @@ def estimate(args: Args, sizes: dict[str, int], found: list[Collective]) -> Esti
     total = hidden = 0.0
     first: dict[bool, float] = {}  # the longest gather of a layer: forward, backward
     for one in found:
-        size = one.sent * (0.5 if one.dtypes == ("f32",) else 1.0)
+        over_tensor = max(one.members) < sizes["tensor"]
+        in_layers = one.times > 1 and "(loss)" not in one.place
+        # Gradients of LoRA are added up in float32 on cards as well (layer_loop.Share).
+        of_gradients = in_layers and not over_tensor and one.kind == "all-reduce"
+        size = one.sent * (0.5 if one.dtypes == ("f32",) and not of_gradients else 1.0)
         far = len({member // args.gpus_a_host for member in one.members}) > 1
         sent[far] += size / 1e9
         speed = (args.network if far else args.nvlink) * args.efficiency * 1e9
         seconds = size / speed + one.times * args.latency * 1e-6
         total += seconds
-        over_tensor = max(one.members) < sizes["tensor"]
-        in_layers = one.times > 1 and "(loss)" not in one.place
         if in_layers and not over_tensor:
             hidden += seconds
             if one.kind == "all-gather":

@@ -133,11 +133,15 @@ def run_layers(
     return _run_again(run, x, low, frozen)
 
 
+# What cuts a layer out of its stack and joins its slices.
+_OF_WEIGHTS = ("dynamic_slice", "squeeze", "all_gather", "transpose", "reshape", "shard_map")
+
+
 def _all_but_weights(primitive, *_, **__) -> bool:
     """A weight lies in its stack: kept once more, what is cut out of that for a layer, or what a
     mesh gathers of the cut, would double it. What else these make is made again in no time.
     """
-    return primitive.name not in ("dynamic_slice", "squeeze", "sharding_constraint")
+    return primitive.name not in _OF_WEIGHTS
 
 
 def _scan(run: Run, x, low, frozen, wrap=lambda body: body):

@@ -45,8 +45,12 @@ def pinned_layer(cfg: ModelConfig, layers: Tree, index: jax.Array, mesh: Mesh | 
     w = one_layer(layers, index, mesh)
     if mesh is None or mesh.shape["fsdp"] == 1:
         return w
-    specs = _specs_of(cfg, layers, mesh, ("fsdp",))
-    return jax.tree.map(lambda x, spec: constrain(x, mesh, spec), w, specs)
+    cut, whole = _specs_of(cfg, layers, mesh), _specs_of(cfg, layers, mesh, ("fsdp",))
+
+    def join(w: Tree) -> Tree:
+        return jax.tree.map(lambda x, spec: joined(x, spec, "fsdp"), w, cut)
+
+    return jax.shard_map(join, mesh=mesh, in_specs=(cut,), out_specs=whole, check_vma=False)(w)
 
 
 def joined_layer(cfg: ModelConfig, layers: Tree, index: jax.Array, mesh: Mesh) -> Tree:

@@ -169,7 +169,8 @@ def joined(x: jax.Array, spec: PartitionSpec, axis: str) -> jax.Array:
     """
     for dim in split_dims(spec, axis):
         slices = jax.lax.all_gather(x, axis)  # [devices, ...]
-        x = jnp.moveaxis(slices, 0, dim).reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+        whole = len(slices) * x.shape[dim]
+        x = jnp.moveaxis(slices, 0, dim).reshape(*x.shape[:dim], whole, *x.shape[dim + 1 :])
     return x
 
 

@@ -83,7 +83,7 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, packed, limit, ca
 @pytest.mark.parametrize(
     "axis, kind, products",
     [("data", "nf4", "bf16"), ("fsdp", "nf4", "bf16"), ("fsdp", "nf4", "fp8"),
-     ("tensor", "int8", "bf16")],
+     ("tensor", "nf4", "bf16"), ("tensor", "int8", "bf16")],
 )  # fmt: skip
 def test_two_cards_give_the_gradients_of_one(axis, kind, products):
     cfg, params, lora, batch = wide_model(kind, 2)

@@ -52,11 +52,11 @@ def test_model_hides_gathers_but_the_first_and_never_sums_over_tensor():
     sums = [collective("all-reduce", 100_000_000, pair, layers, "jvp()", ("f32",))]
     found = scaling_model.estimate(args, parse_mesh("tensor=2"), sums)
     assert found.compute == 0.5 and found.apart == found.together == pytest.approx(0.51)
-    # Members on both hosts: the network's speed, 5 GB/s; hidden, as a sum of gradients.
+    # Members on both hosts: the network's speed, 5 GB/s; as a sum of gradients whole, and hidden.
     across = [collective("all-reduce", 100_000_000, (0, 2), layers, "jvp()", ("f32",))]
     found = scaling_model.estimate(args, parse_mesh("data=2,fsdp=2"), across)
-    assert found.network == pytest.approx(0.5) and found.nvlink == 0
-    assert found.apart == pytest.approx(1.1) and found.together == pytest.approx(1.0)
+    assert found.network == pytest.approx(1.0) and found.nvlink == 0
+    assert found.apart == pytest.approx(1.2) and found.together == pytest.approx(1.0)
 
 
 @pytest.mark.slow

@@ -55,9 +55,12 @@ class Workload:
 
     def saved_bytes(self, level: str) -> int:
         """What one layer keeps on one device."""
-        inside = saved_values(self.cfg, level, self.sizes["tensor"])
-        statistics = 4 * self.cfg.num_heads // self.sizes["tensor"] if level != "full" else 0
-        return self.tokens * ((self.cfg.hidden_size + inside) * self.item + statistics)
+        cfg, item = self.cfg, self.item
+        inside = saved_values(cfg, level, self.sizes["tensor"])
+        statistics = 4 * cfg.num_heads // self.sizes["tensor"] if level != "full" else 0
+        # Two norms compute in float32, and nothing says that what they made of it need not be kept.
+        norms = 2 * 4 * cfg.hidden_size if level == "none" else 0
+        return self.tokens * ((cfg.hidden_size + inside) * item + statistics + norms)
 
     def budget(self, remat: Remat, limit: int = 0) -> Budget:
         """All of it, for one device."""

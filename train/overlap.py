@@ -43,8 +43,8 @@ _EVERYWHERE: dict[str, Option] = {"xla_gpu_enable_dynamic_slice_fusion": False}
 _AT_ONCE: dict[str, Option] = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # Sums over devices by NCCL alone. A precaution: on two cards 80 layers cut over `tensor` learned
 # something else than on one, where all that the program had and programs with the right gradients
-# had not were small sums in a loop by XLA's own kernels (docs/benchmarks.md). Versions that do not
-# know the option have no such kernels, or not by default.
+# had not were small sums in a loop by XLA's own kernels (docs/benchmarks.md). By its source,
+# versions that do not know the option have those off by default.
 _BY_NCCL: dict[str, Option] = {"xla_gpu_experimental_use_collective_kernels": ""}
 _OPTIONS: dict[str, dict[str, Option]] = {
     "none": {},
@@ -52,9 +52,8 @@ _OPTIONS: dict[str, dict[str, Option]] = {
     "pipeline": _PIPELINE,
 }
 
-_UNKNOWN = ("No such compile option", "not a valid enum value")
-
 _log = logging.getLogger(__name__)
+_UNKNOWN = ("No such compile option", "not a valid enum value")
 
 
 def compiler_options(
@@ -63,7 +62,7 @@ def compiler_options(
     """Options for jax.jit of a step over `mesh`; none on anything but GPUs.
 
     `auto` is `schedule`, or on one device `none` if running kernels `at_once` does not pay. An
-    option that this jaxlib does not know is left out, and said.
+    option that this jaxlib does not know is left out, and said if the step may be slower for it.
     """
     if overlap not in OVERLAP:
         raise ValueError(f"overlap {overlap!r}: expected one of {', '.join(OVERLAP)}")
@@ -71,14 +70,18 @@ def compiler_options(
         return {}
     if mesh.size == 1:
         apart = overlap == "none" or (overlap == "auto" and not at_once)
-        chosen = {} if apart else _AT_ONCE
+        wanted = _EVERYWHERE | ({} if apart else _AT_ONCE)
     else:
-        chosen = _OPTIONS["schedule" if overlap == "auto" else overlap]
-        chosen = chosen | {name: value for name, value in _BY_NCCL.items() if known(name, value)}
-    wanted = _EVERYWHERE | chosen
-    for name in (missing := [name for name, value in wanted.items() if not known(name, value)]):
-        _log.warning("this jaxlib does not know %s: a step may be slower", name)
-    return {name: value for name, value in wanted.items() if name not in missing}
+        wanted = _EVERYWHERE | _OPTIONS["schedule" if overlap == "auto" else overlap] | _BY_NCCL
+    options = {name: value for name, value in wanted.items() if known(name, value)}
+    for name in wanted.keys() - options.keys() - _BY_NCCL.keys():
+        _say_unknown(name, wanted[name])
+    return options
+
+
+@functools.cache
+def _say_unknown(name: str, value: Option) -> None:
+    _log.warning("this jaxlib does not know %s=%s: a step may be slower", name, value)
 
 
 @functools.cache

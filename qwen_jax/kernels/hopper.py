@@ -14,7 +14,10 @@ _assumed = False  # by as_on_a_card
 
 @contextlib.contextmanager
 def as_on_a_card() -> Iterator[None]:
-    """What is traced in here is for a Hopper card, which need not be there: to compile for it."""
+    """What is traced in here is for a Hopper card, which need not be there: to compile for it.
+
+    jax knows nothing of it: a jitted function that was traced outside stays as it was traced.
+    """
     global _assumed
     before, _assumed = _assumed, True
     try:
