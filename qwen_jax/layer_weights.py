@@ -1,8 +1,8 @@
 """Weights of one layer at the moment of use: cut out of the stacks [L, ...], their slices joined.
 
-On a mesh either the compiler cuts what a layer computes, and layouts are pinned here; or each
-device runs the layers by itself (layer_loop.Share), and asks its neighbours for what it lacks. Both
-join what fsdp split as packed bytes. It knows where weights lie, not what is done with them.
+On a mesh either the compiler cuts what a layer computes, or each device runs the layers by itself
+(layer_loop.Share), and asks its neighbours for what it lacks. For both, what fsdp split is joined
+here, as packed bytes. It knows where weights lie, not what is done with them.
 """
 
 from typing import Any
@@ -40,8 +40,8 @@ def one_layer(layers: Tree, index: jax.Array, mesh: Mesh | None) -> Tree:
     return jax.tree.map(one, layers, is_leaf=is_quantized)
 
 
-def pinned_layer(cfg: ModelConfig, layers: Tree, index: jax.Array, mesh: Mesh | None) -> Tree:
-    """one_layer, its packed weights pinned to their layout at use."""
+def whole_layer(cfg: ModelConfig, layers: Tree, index: jax.Array, mesh: Mesh | None) -> Tree:
+    """one_layer where the compiler cuts what a layer computes: the slices of fsdp are joined."""
     w = one_layer(layers, index, mesh)
     if mesh is None or mesh.shape["fsdp"] == 1:
         return w

@@ -22,7 +22,7 @@ from qwen_jax.kernels.attention import attention
 from qwen_jax.kernels.rms_norm import rms_norm
 from qwen_jax.layer_loop import Run, run_layers
 from qwen_jax.layer_modes import PLAIN, Plain, Relay
-from qwen_jax.layer_weights import is_quantized, joined_layer, joined_pairs, pinned_layer, share_of
+from qwen_jax.layer_weights import is_quantized, joined_layer, joined_pairs, share_of, whole_layer
 from qwen_jax.params import EMBEDDING_AXES
 from qwen_jax.positions import Place, logn_scale, ntk_row, positions_within, rope, rope_angles
 from qwen_jax.quant import with_bounds
@@ -197,7 +197,7 @@ def hidden_states(
         low = jax.tree.map(lambda x, run=slice(start, stop): x[run], pairs)
         by_hand = remat is not None and level != "none"
         share = share_of(cfg, layers, others, low, mesh) if by_hand else None
-        weights_of = functools.partial(joined_layer if share else pinned_layer, cfg, mesh=mesh)
+        weights_of = functools.partial(joined_layer if share else whole_layer, cfg, mesh=mesh)
         run = Run(
             layer=functools.partial(_layer, cfg, weights_of), start=start, stop=stop, level=level,
             compute=compute, share=share, alone=mesh is None or mesh.size == 1,
@@ -238,7 +238,7 @@ def forward(
         # The cache rides in the carry: as scan inputs and outputs XLA would keep two of it.
         x, cache = carry
         index, low, unit = per_layer
-        w = pinned_layer(cfg, params["layers"], index, mesh)
+        w = whole_layer(cfg, params["layers"], index, mesh)
 
         def attend(q, k, v, cache):
             if unit is not None:

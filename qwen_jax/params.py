@@ -211,7 +211,7 @@ def layer_specs(
 ) -> dict[str, Any]:
     """Layout of one layer's weights; without fsdp, that at the moment of use, the slices joined.
 
-    Pinning the latter on the *packed* leaf makes XLA gather 4-bit bytes; else it gathers the
+    The *packed* leaf is joined: 4-bit bytes are gathered. Left to XLA, it gathers the
     dequantized floats, four times as much.
     """
 
