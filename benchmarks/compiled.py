@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from benchmarks.collectives import arrays_of, collectives, sent_by_kind
-from benchmarks.train import CONFIGS
+from benchmarks.train import CONFIGS, check_numbers
 from qwen_jax.adapters import LoraConfig, abstract_lora
 from qwen_jax.cli import parse, run
 from qwen_jax.config import ModelConfig
@@ -108,13 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("meshes", "quantize", "seq", "remat", "compute"):
         if not getattr(args, name):
             raise UsageError(f"--{name} names nothing")
-    for name, least in {
-        "rows": args.rows,
-        "seq": min(args.seq),
-        "lora_rank": args.lora_rank,
-    }.items():
-        if least < 1:
-            raise UsageError(f"--{name} is {least}; expected at least 1")
+    check_numbers(args, "rows", "seq", "lora_rank")
     if unknown := set(args.compute) - set(COMPUTE):
         raise UsageError(f"--compute {unknown.pop()}: expected one of {', '.join(COMPUTE)}")
     # The card is described, not there; a CPU is what stands behind jax meanwhile.
@@ -132,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         names = ("mesh", "base", "tokens", "remat", "compute", "arguments", "temporaries", "sum",
                  "planned", "", "weights copied", "mistaken", "sent", "compiled in")  # fmt: skip
         print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|", flush=True)
-        for (mesh, base, _, _, compute), (work, plan) in zip(combinations, plans, strict=True):
-            text, line = row(work, plan, mesh, base, compute)
+        for (mesh, *_, compute), (work, plan) in zip(combinations, plans, strict=True):
+            text, line = row(work, plan, mesh, compute)
             print(line, flush=True)
         if file is not None:
             file.write(text)
@@ -158,16 +152,16 @@ def planned(
     return work, work.plan(remat, int(args.device_memory * GB))
 
 
-def row(work: Workload, plan: MemoryPlan, mesh: str, base: str, compute: str) -> tuple[str, str]:
+def row(work: Workload, plan: MemoryPlan, mesh: str, compute: str) -> tuple[str, str]:
     """The compiled program, and one line of the table."""
     began = time.perf_counter()
-    text, used = compiled_step(work, base, plan.remat, compute, plan.offload_embedding)
+    text, used = compiled_step(work, plan, compute)
     seconds = time.perf_counter() - began
     temporaries = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     total, expected = used.argument_size_in_bytes + temporaries, plan.budget.total
     remat = f"{plan.remat}{', embedding on the host' * plan.offload_embedding}"
     cells = (
-        mesh, base, work.length, remat, compute,
+        mesh, work.format.kind if work.format else "none", work.length, remat, compute,
         f"{used.argument_size_in_bytes / GB:.2f} GB", f"{temporaries / GB:.2f} GB",
         f"{total / GB:.2f} GB", f"{expected / GB:.2f} GB", f"{expected / total - 1:+.1%}",
         _copied(text, work), len(mistaken(text)),
@@ -189,19 +183,16 @@ def _copied(text: str, work: Workload) -> str:
     return f"{copied_weights(text, largest) / GB:.2f} GB"
 
 
-def compiled_step(
-    work: Workload, base: str, remat: Any, products: str, offload_embedding: bool
-) -> tuple[str, Any]:
+def compiled_step(work: Workload, plan: MemoryPlan, products: str) -> tuple[str, Any]:
     """The step of a workload, its rows for each data or fsdp device, as HLO text, and its memory
     (jax's CompiledMemoryStats)."""
-    mesh = described_mesh(work.sizes)
-    compute = Compute(remat=remat, products=products, mesh=mesh)
-    step, *arguments = abstract_step(
-        work.cfg, base, work.dtype, work.lora, compute,
-        rows=work.rows * work.sizes["data"] * work.sizes["fsdp"], length=work.length,
-        packed=work.packed, offload_embedding=offload_embedding,
-    )  # fmt: skip
+    compute = Compute(remat=plan.remat, products=products, mesh=described_mesh(work.sizes))
     with for_a_card():
+        step, *arguments = abstract_step(
+            work.cfg, work.format, work.dtype, work.lora, compute,
+            rows=work.rows * work.sizes["data"] * work.sizes["fsdp"], length=work.length,
+            packed=work.packed, offload_embedding=plan.offload_embedding,
+        )  # fmt: skip
         program = step.trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
     return program.as_text(), program.memory_analysis()
 
@@ -240,7 +231,7 @@ def for_a_card() -> Iterator[None]:
 
 def abstract_step(
     cfg: ModelConfig,
-    base: str,
+    fmt: QuantFormat | None,
     dtype: Any,
     lora_cfg: LoraConfig,
     compute: Compute,  # with a mesh
@@ -252,7 +243,7 @@ def abstract_step(
 ) -> tuple[Callable, TrainState, dict, dict]:
     """The step, to be lowered, and what it takes, without values: state, params, batch."""
     mesh = compute.mesh
-    params = abstract_params(cfg, dtype, QuantFormat.named(base), mesh)
+    params = abstract_params(cfg, dtype, fmt, mesh)
     schedule = make_schedule("constant", 1e-4, 100)
     optimizer = make_optimizer(schedule)
     state = abstract_state(optimizer, abstract_lora(cfg, lora_cfg, mesh=mesh), mesh)
@@ -263,9 +254,7 @@ def abstract_step(
     if offload_embedding:
         shape = (*tokens.shape, cfg.hidden_size)
         batch["embedded"] = tokens.update(shape=shape, dtype=params.pop("wte").dtype)
-    with as_on_a_card() if mesh.devices.flat[0].platform == "gpu" else contextlib.nullcontext():
-        step = compile_step(cfg, optimizer, schedule, state, params, compute)
-    return step, state, params, batch
+    return compile_step(cfg, optimizer, schedule, state, params, compute), state, params, batch
 
 
 _LINE = re.compile(r"^\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([\w\-]+)\((%[\w.\-]+)?")

@@ -70,9 +70,7 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
-    for name in ("rows", "seq", "steps", "lora_rank"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} is {getattr(args, name)}; expected at least 1")
+    train.check_numbers(args, "rows", "seq", "steps", "lora_rank")
     sizes = {text: parse_mesh(text) for text in args.meshes}
     if not sizes:
         raise UsageError("--meshes names no mesh")

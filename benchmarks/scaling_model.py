@@ -112,8 +112,9 @@ def counted(args: Args, cfg: ModelConfig, sizes: dict[str, int]) -> list[Collect
     rows = sizes["data"] * sizes["fsdp"]
     compute = Compute(remat=Remat.parse(args.remat, cfg.num_layers), mesh=make_mesh(sizes))
     step, *arguments = abstract_step(
-        cfg, args.base, jnp.float32, lora_cfg, compute, rows=rows, length=args.seq
-    )
+        cfg, QuantFormat.named(args.base), jnp.float32, lora_cfg, compute,
+        rows=rows, length=args.seq,
+    )  # fmt: skip
     return collectives(step.lower(*arguments).compile().as_text())
 
 

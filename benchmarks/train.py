@@ -107,6 +107,7 @@ class Args:
 def main(argv: list[str] | None = None) -> None:
     runtime.configure()
     args = parse(Args, argv)
+    check_numbers(args, "seq", "batch", "sequences", "accumulate", "lora_rank", "steps")
     if args.peer and args.sequences > 1:
         raise UsageError("--peer trains whole rows; leave out --sequences")
     if args.child:
@@ -129,6 +130,15 @@ def main(argv: list[str] | None = None) -> None:
             if row is not None and row["seq"] == seq:
                 print(f"seq {seq:>5}  {row['compute']:<4} {row['remat']}  ours / peer: "
                       f"{row['tokens_per_second'] / peer:.2f}", flush=True)  # fmt: skip
+
+
+def check_numbers(args: object, *names: str) -> None:
+    """UsageError unless each of these, or each number of it, is at least 1."""
+    for name in names:
+        value = getattr(args, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < 1:
+                raise UsageError(f"--{name} is {number}; expected at least 1")
 
 
 def kept_programs(first_step: bool) -> Iterator[tuple[str, str | None]]:

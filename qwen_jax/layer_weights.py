@@ -5,6 +5,7 @@ On a mesh either the compiler cuts what a layer computes, or each device runs th
 here, as packed bytes. It knows where weights lie, not what is done with them.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -46,19 +47,20 @@ def whole_layer(cfg: ModelConfig, layers: Tree, index: jax.Array, mesh: Mesh | N
     if mesh is None or mesh.shape["fsdp"] == 1:
         return w
     cut, whole = _specs_of(cfg, layers, mesh), _specs_of(cfg, layers, mesh, ("fsdp",))
-
-    def join(w: Tree) -> Tree:
-        return jax.tree.map(lambda x, spec: joined(x, spec, "fsdp"), w, cut)
-
+    join = functools.partial(_join, specs=cut)
     return jax.shard_map(join, mesh=mesh, in_specs=(cut,), out_specs=whole, check_vma=False)(w)
+
+
+def _join(w: Tree, specs: Tree) -> Tree:
+    """On one device: a layer's weights, of which it has slices, whole over fsdp."""
+    return jax.tree.map(lambda x, spec: joined(x, spec, "fsdp"), w, specs)
 
 
 def joined_layer(cfg: ModelConfig, layers: Tree, index: jax.Array, mesh: Mesh) -> Tree:
     """one_layer on one device of a mesh, which has slices of the stacks."""
     if mesh.shape["fsdp"] == 1:
         return one_layer(layers, index, None)
-    w, specs = one_layer(layers, index, mesh), _specs_of(cfg, layers, mesh)
-    w = jax.tree.map(lambda x, spec: joined(x, spec, "fsdp"), w, specs)
+    w = _join(one_layer(layers, index, mesh), _specs_of(cfg, layers, mesh))
 
     def one(w: jax.Array | QTensor) -> Weight:
         if not is_quantized(w):

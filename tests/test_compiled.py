@@ -19,7 +19,6 @@ from qwen_jax.adapters import LoraConfig
 from qwen_jax.errors import InputError, UsageError
 from qwen_jax.kernels import hopper
 from qwen_jax.quant import QuantFormat
-from qwen_jax.remat import Remat
 from qwen_jax.sharding import parse_mesh
 from train.memory import Workload
 
@@ -90,7 +89,7 @@ def test_a_start_counts_its_results_alone(result, size):
         (["--rows", "0"], "--rows is 0; expected at least 1"),
         (["--seq", "2048", "0"], "--seq is 0; expected at least 1"),
         (["--compute", "bf17"], "--compute bf17: expected one of bf16, fp8"),
-        (["--layers", "0"], "num_hidden_layers|num_layers|layers"),
+        (["--layers", "0"], "num_layers is 0: a whole number over 0 is expected"),
         (["--meshes", "1", "tensor=3"], "tensor=3 must divide the 64 heads"),
         (["--meshes", "1", "fspd=2"], "fspd"),
         (["--quantize", "nf4", "foo"], "foo"),
@@ -148,7 +147,7 @@ def test_programs_for_cards_take_no_array_for_another(mesh, base, remat, product
         cfg=cfg, format=QuantFormat.named(base), dtype=jnp.bfloat16,
         lora=LoraConfig(rank=8), sizes=parse_mesh(mesh), rows=1, length=512,
     )  # fmt: skip
-    text, _ = compiled.compiled_step(work, base, Remat.parse(remat, 2), products, False)
+    text, _ = compiled.compiled_step(work, work.plan(remat, 0), products)
     assert compiled.mistaken(text) == []
     if remat != "none" and "tensor" not in mesh:  # there the compiler adds up, or activations too
         sums = [c for c in collectives(text, unknown=1) if re.search("transpose.*psum", c.place)]
@@ -169,7 +168,7 @@ def test_the_plan_is_what_xla_plans_for_cards(mesh, remat):
         compiled.read_json_object(compiled.CONFIGS / "qwen_72b.json")
     )
     work, plan = compiled.planned(args, cfg, mesh, "nf4", 2048, remat)
-    _, line = compiled.row(work, plan, mesh, "nf4", "bf16")
+    _, line = compiled.row(work, plan, mesh, "bf16")
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     total, planned = (float(cell.removesuffix(" GB")) for cell in (cells[7], cells[8]))
     assert abs(planned / total - 1) < 0.05

@@ -76,7 +76,7 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, packed, limit, ca
         print(f"\n{products}{', packed' * packed}: loss {loss:.5f} against {true_loss:.5f}, "
               f"gradients of the leaves off by {min(errors):.4f} to {max(errors):.4f}")  # fmt: skip
     assert abs(loss - true_loss) < 0.01 * true_loss
-    assert max(errors) < limit
+    assert all(error < limit for error in errors)  # max() would pass over what is no number
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two GPUs")
@@ -85,7 +85,7 @@ def test_gradients_equal_those_of_the_cpu_in_float32(products, packed, limit, ca
     [("data", "nf4", "bf16"), ("fsdp", "nf4", "bf16"), ("fsdp", "nf4", "fp8"),
      ("tensor", "nf4", "bf16"), ("tensor", "int8", "bf16")],
 )  # fmt: skip
-def test_two_cards_give_the_gradients_of_one(axis, kind, products):
+def test_two_cards_give_the_gradients_of_one(axis, kind, products, capsys):
     cfg, params, lora, batch = wide_model(kind, 2)
     remat = Remat.parse("selective:1,full:1", 2)
 
@@ -106,11 +106,15 @@ def test_two_cards_give_the_gradients_of_one(axis, kind, products):
     (loss, grads, _), (loss_2, grads_2, _) = (
         run(make_mesh(parse_mesh(text))) for text in ("1", f"{axis}=2")
     )
+    pairs = zip(jax.tree.leaves(grads_2), jax.tree.leaves(grads), strict=True)
+    errors = [relative_error(a, b) for a, b in pairs]
+    with capsys.disabled():
+        print(f"\n{axis}=2, {kind}, {products}: loss {loss_2:.5f} against {loss:.5f}, "
+              f"gradients of the leaves off by {min(errors):.4f} to {max(errors):.4f}")  # fmt: skip
     assert abs(loss_2 - loss) < 0.002 * loss
-    for a, b in zip(jax.tree.leaves(grads_2), jax.tree.leaves(grads), strict=True):
-        # Sums in another order are rounded to bfloat16 on the way; what that turns in the last bit
-        # of a value may turn its e4m3 code, a step of 1/16 (0.028 where a CPU computes all that).
-        assert relative_error(a, b) < (0.02 if products == "bf16" else 0.06)
+    # Sums in another order are rounded to bfloat16 on the way; what that turns in the last bit of a
+    # value may turn its e4m3 code, a step of 1/16 (0.028 where a CPU computes all that).
+    assert all(error < (0.02 if products == "bf16" else 0.06) for error in errors)
 
 
 @pytest.mark.parametrize("K", [8192, 24576])

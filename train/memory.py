@@ -58,7 +58,7 @@ class Workload:
         cfg, item = self.cfg, self.item
         inside = saved_values(cfg, level, self.sizes["tensor"])
         statistics = 4 * cfg.num_heads // self.sizes["tensor"] if level != "full" else 0
-        # Two norms compute in float32, and nothing says that what they made of it need not be kept.
+        # Two norms compute in float32, and level none keeps what they read as they read it.
         norms = 2 * 4 * cfg.hidden_size if level == "none" else 0
         return self.tokens * ((cfg.hidden_size + inside) * item + statistics + norms)
 

@@ -74,8 +74,9 @@ def compiler_options(
     else:
         wanted = _EVERYWHERE | _OPTIONS["schedule" if overlap == "auto" else overlap] | _BY_NCCL
     options = {name: value for name, value in wanted.items() if known(name, value)}
-    for name in wanted.keys() - options.keys() - _BY_NCCL.keys():
-        _say_unknown(name, wanted[name])
+    for name, value in wanted.items():
+        if name not in options and name not in _BY_NCCL:
+            _say_unknown(name, value)
     return options
 
 
